@@ -1,0 +1,22 @@
+"""Tensors in, tensors out: one operation per file, its definition in PyTorch and its faster twins beside it.
+
+Imports torch and triton only, needs no GPU to import, and knows neither models nor policies.
+"""
+
+from megacomp.kernels.backend import BACKENDS
+from megacomp.kernels.block_format import BlockFormat
+from megacomp.kernels.decode_sum import decode_sum
+from megacomp.kernels.elements import ELEMENTS, IntElement
+from megacomp.kernels.encode import encode
+from megacomp.kernels.scales import SCALES, PowerOfTwoScale
+
+__all__ = [
+    "BACKENDS",
+    "ELEMENTS",
+    "SCALES",
+    "BlockFormat",
+    "IntElement",
+    "PowerOfTwoScale",
+    "decode_sum",
+    "encode",
+]

@@ -1,0 +1,180 @@
+"""Element formats: the low-bit numbers of a block, and rounding to them.
+
+A value ``y`` (already divided by its block's scale) becomes an integer *code* of ``bits`` bits, and a code
+becomes a value again. Codes travel through this file as float32 tensors holding small integers: exact, and the
+form that vectorizes best on a CPU. Sources: OCP Microscaling Formats (MX) v1.0, section 5.3, for FP4, FP6, FP8
+and INT8; arXiv 2411.09510 for FP3, FP5 and the other integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+__all__ = ["ELEMENTS", "FloatElement", "IntElement"]
+
+
+def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """``x * factor``, without the instruction that a factor of one would cost."""
+    return x if factor == 1.0 else x * factor
+
+
+@dataclass(frozen=True)
+class FloatElement:
+    """A minifloat: sign, ``exponent_bits``, ``mantissa_bits``, subnormals, no code wasted on Inf.
+
+    Attributes:
+        exponent_bits: width of the exponent field.
+        mantissa_bits: width of the mantissa field.
+        native: the torch dtype with these very values, where one exists (the two FP8 formats).
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    native: torch.dtype | None = None
+
+    @property
+    def name(self) -> str:
+        return f"fp{self.bits}_e{self.exponent_bits}m{self.mantissa_bits}"
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal number (and of the subnormals): 1 - bias."""
+        return 2 - 2 ** (self.exponent_bits - 1)
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest number (``emax`` of the OCP specification)."""
+        if self.native is torch.float8_e5m2:  # its top exponent is Inf and NaN, as in IEEE 754
+            return 15
+        return self.min_exponent + 2**self.exponent_bits - 2
+
+    @property
+    def max_value(self) -> float:
+        """The largest representable magnitude."""
+        if self.native is not None:
+            return torch.finfo(self.native).max
+        return 2.0**self.max_exponent * (2 - 2.0**-self.mantissa_bits)
+
+    @property
+    def top_step(self) -> float:
+        """Distance between the two largest values: the coarsest step of the grid."""
+        return 2.0 ** (self.max_exponent - self.mantissa_bits)
+
+    @property
+    def _sign_code(self) -> float:
+        return 2.0 ** (self.bits - 1)
+
+    def _binades(self) -> list[tuple[float, float]]:
+        """(step, first code) of each straight piece of the value-against-code curve.
+
+        Subnormals share the first piece with the first normal binade.
+        """
+        first = self.min_exponent - self.mantissa_bits
+        return [
+            (2.0 ** (first + binade), float(binade << self.mantissa_bits))
+            for binade in range(max(1, 2**self.exponent_bits - 1))
+        ]
+
+    def quantize(self, y: torch.Tensor) -> torch.Tensor:
+        """Codes of ``y`` (float32, any shape), rounded to nearest, ties to even, saturating.
+
+        The sign is the top bit of the code, set where ``y < 0`` (so -0.0 takes the code of +0.0).
+        """
+        magnitude = y.abs().clamp(max=self.max_value)
+        if self.native is not None:
+            code = magnitude.to(self.native).view(torch.uint8).to(torch.float32)
+        else:
+            # The code as a function of |y| is concave and piecewise linear, so it is the least of its pieces; a
+            # piece rounded by itself rounds exactly where its binade does.
+            code = reduce(
+                torch.minimum,
+                (torch.round(_times(magnitude, 1 / step)) + first for step, first in self._binades()),
+            )
+        return code + torch.where(y < 0, self._sign_code, 0.0)
+
+    def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values (float32) of ``codes``; exact."""
+        if self.native is not None:
+            return codes.to(torch.uint8).view(self.native).to(torch.float32)
+        negative = codes >= self._sign_code
+        code = torch.where(negative, codes - self._sign_code, codes)
+        # The inverse curve is convex: the greatest of its pieces.
+        magnitude = reduce(
+            torch.maximum,
+            (_times(code - first if first else code, step) for step, first in self._binades()),
+        )
+        return torch.where(negative, -magnitude, magnitude)
+
+
+@dataclass(frozen=True)
+class IntElement:
+    """A signed integer in offset binary (code 0 is the lowest value).
+
+    Attributes:
+        bits: width of the code, 2 to 8.
+        fraction_bits: binary places behind the point: 0 for plain integers, ``bits - 2`` for the MX integers,
+            whose largest magnitude lies just below 2 (OCP MX v1.0, section 5.3.4: INT8 has a scale of 2^-6).
+        symmetric_range: leave the lowest code unused, so that the range is symmetric (the MX integers).
+    """
+
+    bits: int
+    fraction_bits: int = 0
+    symmetric_range: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}"
+
+    @property
+    def max_exponent(self) -> int:
+        """``emax`` of the OCP specification: exponent of the largest magnitude's leading bit."""
+        return self.bits - 2 - self.fraction_bits
+
+    @property
+    def max_value(self) -> float:
+        """The largest positive value."""
+        return (2.0 ** (self.bits - 1) - 1) * self.top_step
+
+    @property
+    def top_step(self) -> float:
+        """Distance between neighbouring values."""
+        return 2.0**-self.fraction_bits
+
+    @property
+    def zero_code(self) -> float:
+        """The code of zero."""
+        return 2.0 ** (self.bits - 1)
+
+    def quantize(self, y: torch.Tensor) -> torch.Tensor:
+        """Codes of ``y`` (float32, any shape), rounded to nearest, ties to even, saturating."""
+        lowest = -self.zero_code + (1.0 if self.symmetric_range else 0.0)
+        return torch.round(_times(y, 1 / self.top_step)).clamp(lowest, self.zero_code - 1) + self.zero_code
+
+    def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values (float32) of ``codes``; exact."""
+        return _times(codes - self.zero_code, self.top_step)
+
+
+_MICROSCALED: tuple[FloatElement | IntElement, ...] = (
+    FloatElement(2, 0),
+    FloatElement(1, 1),
+    FloatElement(2, 1),
+    FloatElement(1, 2),
+    FloatElement(2, 2),
+    FloatElement(3, 1),
+    FloatElement(2, 3),
+    FloatElement(3, 2),
+    FloatElement(4, 3, torch.float8_e4m3fn),
+    FloatElement(5, 2, torch.float8_e5m2),
+    *(IntElement(bits, fraction_bits=bits - 2, symmetric_range=True) for bits in range(2, 9)),
+)
+
+ELEMENTS = {element.name: element for element in _MICROSCALED}
+"""The elements of microscaled blocks by name: ``fp4_e2m1``, ``int8``..."""

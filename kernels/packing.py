@@ -1,0 +1,92 @@
+"""Packing: codes of any width into bytes, as planes of 8, 4, 2 or 1 bits.
+
+A width that is no power of two is split, high bits first in value, into such planes (5 = 4 + 1, 7 = 4 + 2 + 1).
+Inside a block a plane's byte ``j`` of ``n`` holds the codes ``j, j + n, j + 2n, ...``, the first in the lowest
+bits: a vector register then packs its halves with one shift, where interleaved neighbours would need shuffles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["pack", "plane_widths", "unpack"]
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the planes of a ``bits``-wide code, lowest bits first: 6 -> (4, 2)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def pieces_per_block(bits: int) -> int:
+    """In how many equal contiguous pieces a block of codes is packed and unpacked: 1, 2, 4 or 8.
+
+    Pieces stay separate tensors on both sides: a compiler then never has to materialize a whole block.
+    """
+    return 8 // plane_widths(bits)[-1]
+
+
+def pack(pieces: Sequence[torch.Tensor], bits: int) -> list[torch.Tensor]:
+    """Packs codes into planes.
+
+    Args:
+        pieces: the ``pieces_per_block(bits)`` contiguous pieces of the codes, in order: float32
+            ``[..., block / pieces]`` holding integers in ``[0, 2**bits)``.
+        bits: width of a code.
+
+    Returns:
+        For each plane a uint8 tensor ``[..., block * width / 8]``.
+    """
+    planes = []
+    widths = plane_widths(bits)
+    for width in widths:
+        if width == widths[-1]:
+            fields = list(pieces)
+        else:
+            upper = [torch.floor(piece * 2.0**-width) for piece in pieces]
+            fields = [piece - high * 2.0**width for piece, high in zip(pieces, upper, strict=True)]
+            pieces = upper
+        parts = len(fields) * width // 8
+        packed = []
+        for part in range(parts):
+            byte = fields[part]
+            for slot in range(1, 8 // width):
+                byte = byte + fields[slot * parts + part] * 2.0 ** (slot * width)
+            packed.append(byte.to(torch.uint8))
+        planes.append(packed[0] if parts == 1 else torch.cat(packed, dim=-1))
+    return planes
+
+
+def unpack(planes: Sequence[torch.Tensor], bits: int) -> list[torch.Tensor]:
+    """Reverses :func:`pack`.
+
+    Args:
+        planes: the uint8 planes ``[..., block * width / 8]``.
+        bits: width of a code.
+
+    Returns:
+        The codes in ``pieces_per_block(bits)`` float32 tensors ``[..., block / pieces]``, in order. They are not
+        concatenated: a compiled decoder writes each piece to its own slice of the output.
+    """
+    pieces = pieces_per_block(bits)
+    codes: list[torch.Tensor] = []
+    for piece in range(pieces):
+        code: torch.Tensor | None = None
+        shift = 0
+        for plane, width in zip(planes, plane_widths(bits), strict=True):
+            per_byte = 8 // width
+            length = plane.shape[-1] * per_byte // pieces
+            slot, part = divmod(piece, pieces // per_byte)
+            field = plane[..., part * length : (part + 1) * length]
+            if width < 8:
+                field = field.to(torch.int32)
+                if slot:
+                    field = field >> (slot * width)
+                if slot < per_byte - 1:
+                    field = field & (2**width - 1)
+            code = field if code is None else code | (field << shift)
+            shift += width
+        assert code is not None
+        codes.append(code.to(torch.float32))
+    return codes

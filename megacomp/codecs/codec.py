@@ -1,0 +1,128 @@
+"""The codec: rows of values to rows of bytes, and the sum of many such wires back to values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megacomp.kernels import BlockFormat, decode_sum, encode
+
+__all__ = ["Codec"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtypes a codec takes and returns."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A block codec; make one with :func:`megacomp.codecs.get`.
+
+    The wire is row-wise: row ``r`` of the wire holds exactly row ``r`` of the tensor (packed codes, then scales,
+    padded to 8 bytes), so any split of the rows is a slice of the wire. A block with a NaN or Inf decodes to NaN;
+    zero blocks decode to zero; magnitudes beyond the format's range saturate.
+
+    Attributes:
+        name: ``"mxfp4"``, ``"int4+rotation128"``...
+        spec: the specification with every option explicit; JSON-serializable, accepted by ``get``.
+        format: the numerics and the layout.
+        backend: ``"auto"``, ``"reference"`` or ``"compiled"``; all give the same bits.
+    """
+
+    name: str
+    spec: Mapping[str, object] = field(hash=False)
+    format: BlockFormat
+    backend: str = "auto"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row_bytes(self, features: int) -> int:
+        """Bytes of one row of ``features`` values on the wire; a multiple of 8."""
+        return self.format.row_bytes(features)
+
+    def bits_per_value(self, features: int) -> float:
+        """Bits on the wire per value, scales and padding included."""
+        return 8 * self.row_bytes(features) / features
+
+    def encode(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Encodes a tensor.
+
+        Args:
+            x: bf16, fp16 or fp32 ``[rows, features]``, any strides; rows may be none.
+            out: where to write: uint8 ``[rows, row_bytes]``, last dimension contiguous.
+
+        Returns:
+            The wire, uint8 ``[rows, row_bytes(features)]``.
+
+        Raises:
+            ValueError: a shape or dtype other than these.
+        """
+        if x.dim() != 2 or x.shape[1] == 0:
+            raise ValueError(f"encode takes [rows, features] with at least one feature, not {list(x.shape)}")
+        self._check_dtype(x.dtype)
+        shape = (x.shape[0], self.row_bytes(x.shape[1]))
+        if out is None:
+            out = torch.empty(shape, dtype=torch.uint8, device=x.device)
+        else:
+            _check_wire("out", out, shape)
+        encode(self.format, x.detach(), out, self.backend)
+        return out
+
+    def decode_sum(
+        self,
+        wires: torch.Tensor,
+        features: int,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Decodes the wires of all peers and adds them: in float32, in the order given, rounded once.
+
+        Args:
+            wires: uint8 ``[peers, rows, row_bytes]``, last dimension contiguous, at least one peer.
+            features: values per row.
+            dtype: bf16, fp16 or fp32.
+            out: where to write: ``dtype`` ``[rows, features]``, any strides.
+
+        Returns:
+            ``dtype`` ``[rows, features]``.
+
+        Raises:
+            ValueError: a shape or dtype other than these.
+        """
+        self._check_dtype(dtype)
+        if wires.dim() != 3 or wires.shape[0] == 0:
+            raise ValueError(f"decode_sum takes [peers, rows, row_bytes], not {list(wires.shape)}")
+        rows = wires.shape[1]
+        _check_wire("wires", wires, (wires.shape[0], rows, self.row_bytes(features)))
+        if out is None:
+            out = torch.empty(rows, features, dtype=dtype, device=wires.device)
+        elif tuple(out.shape) != (rows, features) or out.dtype is not dtype:
+            raise ValueError(f"out must be {dtype} {[rows, features]}, not {out.dtype} {list(out.shape)}")
+        decode_sum(self.format, wires, out, self.backend)
+        return out
+
+    def decode(
+        self,
+        wire: torch.Tensor,
+        features: int,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Decodes one wire, uint8 ``[rows, row_bytes]``; :meth:`decode_sum` of one peer."""
+        if wire.dim() != 2:
+            raise ValueError(f"decode takes [rows, row_bytes], not {list(wire.shape)}")
+        return self.decode_sum(wire.unsqueeze(0), features, dtype, out)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in DTYPES:
+            allowed = ", ".join(str(allowed).removeprefix("torch.") for allowed in DTYPES)
+            raise ValueError(f"codec {self.name} takes {allowed}, not {str(dtype).removeprefix('torch.')}")
+
+
+def _check_wire(what: str, wire: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(wire.shape) != shape or wire.dtype is not torch.uint8:
+        raise ValueError(f"{what} must be uint8 {list(shape)}, not {wire.dtype} {list(wire.shape)}")
+    if wire.stride(-1) != 1 or any(stride % 8 for stride in wire.stride()[:-1]) or wire.data_ptr() % 8:
+        raise ValueError(f"{what} must have contiguous rows that start at multiples of 8 bytes")

@@ -1,0 +1,223 @@
+"""From a preset's name or a JSON specification to a codec, with errors that name the option at fault."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megacomp.codecs.codec import Codec
+from megacomp.kernels import BACKENDS, ELEMENTS, SCALES, BlockFormat, IntElement, PowerOfTwoScale
+
+__all__ = ["CodecError", "get", "presets"]
+
+BLOCK_SIZES = {"mx": (8, 16, 32, 64, 128), "int": (16, 32, 64, 128)}
+ROTATIONS = (None, 32, 64, 128, 256)
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mx": {
+        "element": "fp4_e2m1",
+        "block_size": 32,
+        "scale": "e8m0",
+        "scale_rounding": "floor",
+        "scale_search": False,
+        "rotation": None,
+    },
+    "int": {
+        "bits": 4,
+        "block_size": 32,
+        "scale": "e4m3",
+        "symmetric": True,
+        "scale_search": False,
+        "rotation": None,
+    },
+}
+"""The options of each format and their defaults."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # OCP Microscaling Formats (MX) v1.0, table 1: blocks of 32, E8M0, the specification's own conversion.
+    "mxfp4": {"format": "mx", "element": "fp4_e2m1"},
+    "mxfp6_e2m3": {"format": "mx", "element": "fp6_e2m3"},
+    "mxfp6_e3m2": {"format": "mx", "element": "fp6_e3m2"},
+    "mxfp8_e4m3": {"format": "mx", "element": "fp8_e4m3"},
+    "mxfp8_e5m2": {"format": "mx", "element": "fp8_e5m2"},
+    "mxint8": {"format": "mx", "element": "int8"},
+    # The best FP3 and FP5 of arXiv 2411.09510, no standard: there the better of two exponents is used.
+    "mxfp3_e1m1": {"format": "mx", "element": "fp3_e1m1", "scale_rounding": "best"},
+    "mxfp5_e2m2": {"format": "mx", "element": "fp5_e2m2", "scale_rounding": "best"},
+    "nvfp4": {"format": "mx", "element": "fp4_e2m1", "block_size": 16, "scale": "e4m3"},
+    # Few bits: E4M3 scales found by search. Many bits: the scale's own rounding would show, so bf16, and no search,
+    # since clipping gains nothing.
+    "int8": {"format": "int", "bits": 8, "block_size": 64, "scale": "bf16"},
+    "int6": {"format": "int", "bits": 6, "block_size": 32, "scale": "bf16"},
+    "int5": {"format": "int", "bits": 5, "scale_search": True},
+    "int4": {"format": "int", "bits": 4, "scale_search": True},
+    "int3": {"format": "int", "bits": 3, "scale_search": True},
+    "int2": {"format": "int", "bits": 2, "scale_search": True},
+}
+"""The presets, by the names of the standards where there is one."""
+
+
+class CodecError(ValueError):
+    """A codec specification is wrong.
+
+    Attributes:
+        key: the option at fault, or "" for the specification as a whole.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def presets() -> tuple[str, ...]:
+    """The names of the presets."""
+    return tuple(PRESETS)
+
+
+def get(spec: str | Mapping[str, Any] | Codec, *, backend: str = "auto") -> Codec:
+    """Makes a codec.
+
+    Args:
+        spec: a preset's name (``"mxfp4"``); a preset with options changed
+            (``{"preset": "int4", "rotation": 128}``); or a format with its options:
+
+            * ``{"format": "mx", "element": "fp4_e2m1", "block_size": 32, "scale": "e8m0",
+              "scale_rounding": "floor" | "best", "scale_search": false, "rotation": null}``: elements ``fp3_e2m0``
+              to ``fp8_e5m2`` and ``int2`` to ``int8``, blocks of 8 to 128, scales ``e8m0``, ``e5m0``, ``e4m3``,
+              ``bf16``, ``fp16``;
+            * ``{"format": "int", "bits": 4, "block_size": 32, "scale": "e4m3" | "bf16" | "fp16",
+              "symmetric": true, "scale_search": false, "rotation": null}``: 2 to 8 bits, blocks of 16 to 128.
+
+            ``rotation`` is the size of a Hadamard rotation, 32 to 256. A codec is returned with ``backend`` set.
+        backend: ``"auto"``, ``"reference"`` or ``"compiled"``.
+
+    Raises:
+        CodecError: an unknown preset, option or value, or a combination that does not exist.
+    """
+    _check_choice("backend", backend, BACKENDS)
+    if isinstance(spec, Codec):
+        return Codec(spec.name, spec.spec, spec.format, backend)
+    options = _complete(_expand(spec))
+    return Codec(_name(options), options, _block_format(options), backend)
+
+
+def _expand(spec: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A specification with ``format``, its preset, if any, looked up."""
+    if isinstance(spec, str):
+        return dict(_preset(spec))
+    if not isinstance(spec, Mapping):
+        raise CodecError("", f"a codec is a preset's name or an object, not {spec!r}")
+    options = dict(spec)
+    if "preset" not in options:
+        return options
+    if "format" in options:
+        raise CodecError("format", '"preset" and "format" exclude each other')
+    return {**_preset(options.pop("preset")), **options}
+
+
+def _preset(name: object) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in PRESETS:
+        raise CodecError("preset", f"unknown preset {name!r}{_hint(name, PRESETS)}; presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _complete(options: dict[str, Any]) -> dict[str, Any]:
+    """Every option of the format explicit and valid by itself."""
+    if "format" not in options:
+        raise CodecError("format", f'missing: give "preset" or "format" ({_listed(DEFAULTS)})')
+    name = options["format"]
+    _check_choice("format", name, DEFAULTS)
+    defaults = DEFAULTS[name]
+    for key in options:
+        if key != "format" and key not in defaults:
+            allowed = ", ".join(defaults)
+            raise CodecError(
+                key, f'unknown option {key!r} of format "{name}"{_hint(key, defaults)}; options: {allowed}'
+            )
+    complete = {
+        "format": name,
+        **defaults,
+        **{key: value for key, value in options.items() if key != "format"},
+    }
+    if name == "mx":
+        _check_choice("element", complete["element"], ELEMENTS)
+        _check_choice("scale", complete["scale"], SCALES)
+        _check_choice("scale_rounding", complete["scale_rounding"], ("floor", "best"))
+    else:
+        _check_choice("bits", complete["bits"], range(2, 9))
+        real = [scale for scale, kind in SCALES.items() if not isinstance(kind, PowerOfTwoScale)]
+        _check_choice("scale", complete["scale"], real)
+        _check_choice("symmetric", complete["symmetric"], (True, False))
+    _check_choice("block_size", complete["block_size"], BLOCK_SIZES[name])
+    _check_choice("scale_search", complete["scale_search"], (True, False))
+    _check_choice("rotation", complete["rotation"], ROTATIONS)
+    return complete
+
+
+def _block_format(options: dict[str, Any]) -> BlockFormat:
+    """The format of complete options; combinations that do not exist are refused here."""
+    scale = SCALES[options["scale"]]
+    rotation = options["rotation"] or 0
+    if options["format"] == "int":
+        if not options["symmetric"]:
+            if options["scale"] == "e4m3":
+                raise CodecError("scale", 'asymmetric blocks need a "bf16" or "fp16" scale: a minimum goes with it')
+            if options["scale_search"]:
+                raise CodecError("scale_search", "there is no scale search for asymmetric blocks")
+        return BlockFormat(
+            IntElement(options["bits"]),
+            options["block_size"],
+            scale,
+            search=options["scale_search"],
+            asymmetric=not options["symmetric"],
+            rotation=rotation,
+        )
+    element = ELEMENTS[options["element"]]
+    if isinstance(scale, PowerOfTwoScale):
+        if options["scale_search"]:
+            raise CodecError("scale_search", f'scale "{scale.name}" has "scale_rounding": "best" instead')
+        return BlockFormat(
+            element, options["block_size"], scale, options["scale_rounding"] == "best", rotation=rotation
+        )
+    if isinstance(element, IntElement):
+        raise CodecError(
+            "scale",
+            f'integer elements of format "mx" need "e8m0" or "e5m0"; for "{scale.name}" use format "int"',
+        )
+    if options["scale_rounding"] != "floor":
+        raise CodecError("scale_rounding", f'only "e8m0" and "e5m0" scales have one, not "{scale.name}"')
+    return BlockFormat(element, options["block_size"], scale, options["scale_search"], rotation=rotation)
+
+
+def _name(options: dict[str, Any]) -> str:
+    """A preset's name, plus ``+rotationN``; for other specifications the options that matter, joined by hyphens."""
+    suffix = f"+rotation{options['rotation']}" if options["rotation"] else ""
+    unrotated = {**options, "rotation": None}
+    for name, preset in PRESETS.items():
+        if _complete(dict(preset)) == unrotated:
+            return name + suffix
+    kind = options["element"] if options["format"] == "mx" else f"int{options['bits']}"
+    parts = [options["format"]] if options["format"] == "mx" else []
+    parts += [kind, f"b{options['block_size']}", options["scale"]]
+    parts += ["best"] if options.get("scale_rounding") == "best" else []
+    parts += ["searched"] if options["scale_search"] else []
+    parts += ["asymmetric"] if options.get("symmetric") is False else []
+    return "-".join(parts) + suffix
+
+
+def _check_choice(key: str, value: object, allowed: Sequence[Any] | Mapping[Any, Any] | range) -> None:
+    # Type and value: True is no block size although it equals 1.
+    if any(type(value) is type(choice) and value == choice for choice in allowed):
+        return
+    raise CodecError(key, f"{value!r} is not allowed{_hint(value, allowed)}; allowed: {_listed(allowed)}")
+
+
+def _listed(choices: Sequence[Any] | Mapping[Any, Any] | range) -> str:
+    return ", ".join("null" if choice is None else str(choice) for choice in choices)
+
+
+def _hint(value: object, choices: Sequence[Any] | Mapping[Any, Any] | range) -> str:
+    names = [choice for choice in choices if isinstance(choice, str)]
+    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""
