@@ -36,7 +36,7 @@ def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, back
     count = 1 if format.rotation else pieces_per_block(format.element.bits)
     pieces = [*target.view(rows, -1, count, format.block_size // count).unbind(2)]
     if resolve_backend(backend, out.device, rows) == "compiled":
-        run_compiled(decode_sum_definition, format, peers, pieces)
+        run_compiled(decode_sum_definition, format, features, peers, pieces)
     else:
         decode_sum_definition(format, peers, pieces)
     if not direct:

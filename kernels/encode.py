@@ -17,6 +17,9 @@ __all__ = ["encode", "encode_definition"]
 SHRINK_FACTORS = (0.95, 0.9, 0.85, 0.8)
 """Clipping candidates of the scale search, relative to the scale that clips nothing."""
 
+LARGEST_MAGNITUDE = 2.0**127
+"""Where blocks with a floating-point scale saturate (asymmetric ones at half of it)."""
+
 _ERROR_RESOLUTION = 128
 _LARGEST_ERROR = 362
 """Search errors are counted in whole 1/128 of the element's coarsest step and capped at 362 of them (2.8 steps):
@@ -40,7 +43,7 @@ def encode(format: BlockFormat, x: torch.Tensor, wire: torch.Tensor, backend: st
     missing = format.padded_features(features) - features
     x = torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
     if resolve_backend(backend, x.device, rows) == "compiled":
-        run_compiled(encode_definition, format, x, fields)
+        run_compiled(encode_definition, format, features, x, fields)
     else:
         encode_definition(format, x, fields)
 
@@ -78,6 +81,9 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
         inverse = scale.reciprocal(code)
         _store_exponents(scale, torch.where(finite, code, scale.nan_code), fields.scales)
     else:
+        # What a rounded-up scale decodes to must stay finite, and so must an asymmetric block's span.
+        limit = LARGEST_MAGNITUDE / 2 if format.asymmetric else LARGEST_MAGNITUDE
+        highest, lowest = highest.clamp(-limit, limit), lowest.clamp(-limit, limit)
         row_scale = None
         if fields.minimums is not None:
             bits, minimum_bits = _asymmetric_scale(format, highest, lowest)
@@ -85,7 +91,7 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
             minimum = scale.value(minimum_bits)
         else:
             if fields.row_scales is not None:
-                row_scale = amax.amax(-1, keepdim=True) / (scale.max_value * _full_range(element))
+                row_scale = amax.clamp(max=limit).amax(-1, keepdim=True) / (scale.max_value * _full_range(element))
                 fields.row_scales.copy_(row_scale)
             bits = _choose_scale(format, values, highest, lowest, row_scale, per_block)
         inverse = safe_reciprocal(scale.value(bits) if row_scale is None else scale.value(bits) * row_scale)
@@ -123,7 +129,8 @@ def _choose_exponent(
     code = scale.code_of_exponent(exponent)
     if not format.search:
         return code
-    wider = scale.code_of_exponent(exponent + 1)
+    # Beyond float32's own range the wider scale would decode to Inf.
+    wider = scale.code_of_exponent((exponent + 1).clamp(max=127 - format.element.max_exponent))
     inverses = [scale.reciprocal(candidate) for candidate in (code, wider)]
     per_block += inverses
     errors = [_block_error(format.element, values * inverse.unsqueeze(-1)) for inverse in inverses]

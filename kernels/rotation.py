@@ -7,9 +7,15 @@ sum is rotated back once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 __all__ = ["hadamard"]
+
+
+LANES = 16
+"""Butterflies shorter than this run inside a vector register of float32; split off so that the others stay whole."""
 
 
 def hadamard(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -20,16 +26,26 @@ def hadamard(x: torch.Tensor, size: int) -> torch.Tensor:
 
     Args:
         x: float32 ``[rows, features]``; ``features`` divides by ``size``.
-        size: a power of two.
+        size: a power of two, at least 16.
 
     Returns:
         float32 ``[rows, features]``.
     """
     rows = x.shape[0]
-    stride = size // 2
+    runs = x.view(rows, -1, size // LANES, LANES)
+    runs = torch.stack(_butterflies(runs.unbind(2)), dim=2)
+    lanes = torch.stack(_butterflies(runs.unbind(3)), dim=3)
+    return lanes.view(rows, -1) * size**-0.5
+
+
+def _butterflies(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The Walsh-Hadamard transform over a list of tensors, longest stride first."""
+    parts = list(parts)
+    stride = len(parts) // 2
     while stride:
-        pairs = x.view(rows, -1, 2, stride)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        x = torch.stack((first + second, first - second), dim=2).view(rows, -1)
+        for first in range(len(parts)):
+            if not first & stride:
+                second = first + stride
+                parts[first], parts[second] = parts[first] + parts[second], parts[first] - parts[second]
         stride //= 2
-    return x * size**-0.5
+    return parts

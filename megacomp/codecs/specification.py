@@ -42,8 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mxfp8_e4m3": {"format": "mx", "element": "fp8_e4m3"},
     "mxfp8_e5m2": {"format": "mx", "element": "fp8_e5m2"},
     "mxint8": {"format": "mx", "element": "int8"},
-    # The best FP3 and FP5 of arXiv 2411.09510, no standard: there the better of two exponents is used.
-    "mxfp3_e1m1": {"format": "mx", "element": "fp3_e1m1", "scale_rounding": "best"},
+    # The best FP3 and FP5 of arXiv 2411.09510 belong to no standard; there the better of two exponents wins.
+    "mxfp3_e2m0": {"format": "mx", "element": "fp3_e2m0", "scale_rounding": "best"},
     "mxfp5_e2m2": {"format": "mx", "element": "fp5_e2m2", "scale_rounding": "best"},
     "nvfp4": {"format": "mx", "element": "fp4_e2m1", "block_size": 16, "scale": "e4m3"},
     # Few bits: E4M3 scales found by search. Many bits: the scale's own rounding would show, so bf16, and no search,

@@ -1,0 +1,36 @@
+# `make test` and `make run` set up everything they need, on a fresh machine too.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: test run lint types unit clean
+
+test: lint types unit
+
+run: $(READY)
+	$(BIN)/python -m examples.demo_lm.run --out runs/demo
+
+# torch by its exact version first: any other request fetches gigabytes of CUDA packages on a machine without a GPU.
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet triton==3.7.1
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable '.[test,plot]'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow setup.cfg's package_dir in a source tree, so it reads the packages as they install.
+types: $(READY)
+	rm -rf build/check
+	$(BIN)/pip install --quiet --no-deps --target build/check .
+	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp
+
+unit: $(READY)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist runs *.egg-info

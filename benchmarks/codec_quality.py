@@ -1,0 +1,79 @@
+"""Quality of the presets on synthetic partials; writes the table of docs/codecs.md.
+
+python -m benchmarks.codec_quality --write docs/codecs.md
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from megacomp import codecs
+
+ROWS, FEATURES = 256, 4096
+OUTLIER_EVERY, OUTLIER_GAIN = 97, 30.0
+BEGIN, END = "<!-- table: python -m benchmarks.codec_quality -->", "<!-- end of table -->"
+
+
+def sqnr_db(codec: codecs.Codec, x: torch.Tensor) -> float:
+    """Signal to quantization noise ratio of one encode and decode, in dB."""
+    decoded = codec.decode(codec.encode(x), x.shape[1], torch.float32)
+    noise = (decoded.double() - x.double()).square().sum()
+    return float(10 * torch.log10(x.double().square().sum() / noise))
+
+
+def quiet_sqnr_db(codec: codecs.Codec, x: torch.Tensor) -> float:
+    """The same over the features that are no outliers: what the noise of the outliers does to the rest."""
+    decoded = codec.decode(codec.encode(x), x.shape[1], torch.float32)
+    quiet = torch.arange(x.shape[1]) % OUTLIER_EVERY != 0
+    noise = (decoded.double() - x.double())[:, quiet].square().sum()
+    return float(10 * torch.log10(x[:, quiet].double().square().sum() / noise))
+
+
+def table() -> str:
+    """The markdown table: every preset, plain and rotated, on Gaussian data and on data with outlier features."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(ROWS, FEATURES, generator=generator)
+    outliers = torch.randn(ROWS, FEATURES, generator=generator)
+    outliers[:, ::OUTLIER_EVERY] *= OUTLIER_GAIN
+    lines = [
+        f"SQNR in dB; {ROWS} x {FEATURES} float32 values, seed 0. *Outliers*: one feature in {OUTLIER_EVERY} is "
+        f"{OUTLIER_GAIN:.0f} times larger; *quiet*: the same data, counted over the other features only.",
+        "",
+        "| preset | bits per value | Gaussian | outliers | quiet | outliers, rotation 128 | quiet, rotation 128 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in codecs.presets():
+        codec = codecs.get(name, backend="reference")
+        rotated = codecs.get({"preset": name, "rotation": 128}, backend="reference")
+        figures = [
+            sqnr_db(codec, gaussian),
+            sqnr_db(codec, outliers),
+            quiet_sqnr_db(codec, outliers),
+            sqnr_db(rotated, outliers),
+            quiet_sqnr_db(rotated, outliers),
+        ]
+        cells = " | ".join(f"{figure:.1f}" for figure in figures)
+        lines.append(f"| {name} | {codec.bits_per_value(FEATURES):.3f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(
+    write: Annotated[Path | None, typer.Option(help="Replace the table in this markdown file.")] = None,
+) -> None:
+    """Prints the table, or puts it between its marks in a file."""
+    rows = table()
+    if write is None:
+        typer.echo(rows)
+        return
+    text = write.read_text()
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    write.write_text(f"{head}{BEGIN}\n{rows}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
