@@ -25,7 +25,7 @@ lint: $(READY)
 
 # mypy cannot follow setup.cfg's package_dir in a source tree, so it reads the packages as they install.
 types: $(READY)
-	rm -rf build/check
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/check .
 	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp
 

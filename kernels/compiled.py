@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
+import zlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -54,10 +55,12 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 def _compiled(definition: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
     """A compiled copy of ``definition`` for one ``key``.
 
-    A copy, because compiled variants are counted per code object, and a definition with many formats would exceed
-    the limit and fall back to eager.
+    A copy, because compiled variants are counted per code object: many formats of one definition would exceed the
+    limit. Under a name of its own, because sizes seen to change under one name are compiled as variables: a second
+    feature count would slow down every format. The same name in every process, for the compiler's cache on disk.
     """
-    code = definition.__code__.replace(co_name=f"{definition.__name__}_{abs(hash(key)):x}")
+    digest = zlib.crc32(repr(key).encode())
+    code = definition.__code__.replace(co_name=f"{definition.__name__}_{digest:08x}")
     copy = types.FunctionType(code, definition.__globals__, code.co_name, definition.__defaults__)
     return torch.compile(copy, fullgraph=True)
 

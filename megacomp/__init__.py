@@ -1,0 +1,64 @@
+"""Compressed communication for tensor-parallel LLM inference with DeepSpeed and Megatron-core.
+
+Importing this package imports nothing else and changes nothing: the public names below are loaded when first
+used, and nothing is patched before `install` or `init_inference` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from megacomp.version import __version__
+
+if TYPE_CHECKING:
+    from megacomp.agreement import AgreementError
+    from megacomp.codecs import CodecError
+    from megacomp.collectives.functional import all_gather, all_reduce, reduce_scatter
+    from megacomp.config import Config, ConfigError
+    from megacomp.installation import Installation, init_inference, install
+    from megacomp.patches import MissingSymbolError, UnsupportedVersionError
+    from megacomp.report import Report
+
+__all__ = [
+    "AgreementError",
+    "CodecError",
+    "Config",
+    "ConfigError",
+    "Installation",
+    "MissingSymbolError",
+    "Report",
+    "UnsupportedVersionError",
+    "__version__",
+    "all_gather",
+    "all_reduce",
+    "init_inference",
+    "install",
+    "reduce_scatter",
+]
+
+_HOMES = {
+    "AgreementError": "megacomp.agreement",
+    "CodecError": "megacomp.codecs",
+    "Config": "megacomp.config",
+    "ConfigError": "megacomp.config",
+    "Installation": "megacomp.installation",
+    "MissingSymbolError": "megacomp.patches",
+    "Report": "megacomp.report",
+    "UnsupportedVersionError": "megacomp.patches",
+    "all_gather": "megacomp.collectives.functional",
+    "all_reduce": "megacomp.collectives.functional",
+    "init_inference": "megacomp.installation",
+    "install": "megacomp.installation",
+    "reduce_scatter": "megacomp.collectives.functional",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,46 @@
+"""all_gather: every rank's x, one after the other, encoded on the way."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megacomp.collectives.hops import GatherHop, cut
+from megacomp.collectives.message import as_matrix, check_tensor, peers_of
+from megacomp.collectives.route import Route, choose_chunks
+from megacomp.collectives.trace import Trace
+
+
+@torch.compiler.disable
+def all_gather(
+    x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, *, trace: Trace | None = None
+) -> torch.Tensor:
+    """Every rank's `x`, concatenated along the first dimension in rank order; the same bits on every rank.
+
+    x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not
+        written to.
+    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+
+    Returns a new tensor [rows * world, ..., features]; a rank's own part has gone through the codec as well.
+    Alone in its group, a rank gets a copy of `x`.
+
+    Raises ValueError, before anything is sent, as all_reduce does, and for a tensor of fewer than two
+    dimensions.
+    """
+    check_tensor(x, leading_dimensions=1)
+    peers = peers_of(group)
+    if peers.world_size == 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    result = x.new_empty((peers.world_size * x.shape[0], *x.shape[1:]))
+    if x.numel() == 0:
+        return result
+    rows = as_matrix(x)
+    outs = as_matrix(result).split(len(rows))
+    pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
+    hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
+    for chunk, (piece, *_) in enumerate(pieces):
+        hop.send(chunk, rows[piece.start : piece.stop])
+    for chunk, (piece, *_) in enumerate(pieces):
+        hop.decode(chunk, [out[piece.start : piece.stop] for out in outs])
+    hop.close()
+    return result

@@ -1,0 +1,95 @@
+"""all_reduce: y = sum over ranks of x, the partials encoded on the way."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megacomp.collectives import workspace
+from megacomp.collectives.hops import GatherHop, ScatterHop, cut
+from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, peers_of
+from megacomp.collectives.partition import split
+from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
+from megacomp.collectives.trace import Trace
+
+
+@torch.compiler.disable
+def all_reduce(
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    route: Route,
+    *,
+    out: torch.Tensor | None = None,
+    trace: Trace | None = None,
+) -> torch.Tensor:
+    """The sum of every rank's `x`, with the same bits on every rank.
+
+    x: [..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not written
+        to, unless it is `out` as well.
+    group: any process group this rank is a member of; None means the default group.
+    route: the same on every rank.
+    out: where to write the result: contiguous, of x's shape, dtype and device; may be `x` itself.
+    trace: adds up where the time of this call went.
+
+    Returns `out`, or a new contiguous tensor of x's shape and dtype. A rank's own partial goes through the
+    codec like any other, and sums run in rank order in fp32. Alone in its group, a rank gets a copy of `x`:
+    nothing would be sent, so nothing is encoded.
+
+    Raises ValueError, before anything is sent, for another dtype, a tensor without dimensions, one that needs
+    a gradient, an unfit `out`, and a rank outside the group.
+    """
+    check_tensor(x)
+    if out is not None:
+        check_out(out, x)
+    peers = peers_of(group)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if peers.world_size == 1 or x.numel() == 0:
+        return result.copy_(x.detach())
+    rows = as_matrix(x)
+    algorithm = choose_algorithm(route, peers.world_size, *rows.shape)
+    send = _one_shot if algorithm == "one_shot" else _two_shot
+    send(rows, as_matrix(result), peers, route, trace)
+    return result
+
+
+def _one_shot(x: torch.Tensor, result: torch.Tensor, peers: Peers, route: Route, trace: Trace | None) -> None:
+    """Everyone's wire to everyone (arXiv 2411.09510).
+
+    1. Encode a chunk and send it to all peers; go on with the next while it travels.
+    2. As the chunks of all peers arrive, decode and sum them in rank order: one rounding by the codec.
+    """
+    rows, features = x.shape
+    pieces = cut([range(rows)] * peers.world_size, choose_chunks(route, rows, features, x.device))
+    hop = GatherHop(route.codec, peers, pieces, features, x.device, trace)
+    for chunk, (piece, *_) in enumerate(pieces):
+        hop.send(chunk, x[piece.start : piece.stop])
+    for chunk, (piece, *_) in enumerate(pieces):
+        hop.decode_sum(chunk, result[piece.start : piece.stop])
+    hop.close()
+
+
+def _two_shot(x: torch.Tensor, result: torch.Tensor, peers: Peers, route: Route, trace: Trace | None) -> None:
+    """Reduce-scatter, then all-gather of the encoded sums (Flash Communication, QuickReduce).
+
+    Rows are shared out among the ranks.
+    1. Encode each owner's rows and send them to it, chunk by chunk.
+    2. As the chunks of all peers arrive, decode and sum the own rows in rank order, in fp32; encode the sum,
+       the second rounding, and send it to all peers.
+    3. As the sums arrive, decode them; a rank's own sum too, so that all ranks hold the same bits.
+    """
+    rows, features = x.shape
+    shares = split(range(rows), peers.world_size)
+    pieces = cut(shares, choose_chunks(route, rows, features, x.device))
+    gather = GatherHop(route.second_codec, peers, pieces, features, x.device, trace)
+    scatter = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
+    for chunk in range(len(pieces)):
+        scatter.send(chunk, x)
+    for chunk, owned in enumerate(pieces):
+        shape = (len(owned[peers.rank]), features * torch.float32.itemsize)
+        sums = workspace.take("sums", [shape], x.device)[0].view(torch.float32)
+        scatter.decode_sum(chunk, sums)
+        gather.send(chunk, sums)
+    for chunk, owned in enumerate(pieces):
+        gather.decode(chunk, [result[piece.start : piece.stop] for piece in owned])
+    scatter.close()
+    gather.close()

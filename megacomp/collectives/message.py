@@ -1,0 +1,58 @@
+"""Who takes part in a call, and whether its tensor can travel; checked before anything is sent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Peers(NamedTuple):
+    """A process group as this rank sees it; `rank` counts within the group."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    world_size: int
+
+
+def peers_of(group: dist.ProcessGroup | None) -> Peers:
+    """The peers of `group`, None meaning the default group.
+
+    Raises ValueError if this rank is not one of them, or no process group was initialised.
+    """
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not a member of the process group it was asked to use")
+    return Peers(dist.group.WORLD if group is None else group, rank, dist.get_world_size(group))
+
+
+def check_tensor(x: torch.Tensor, *, leading_dimensions: int = 0) -> None:
+    """Raise ValueError unless `x` is bf16, fp16 or fp32, has enough dimensions and no gradient to keep.
+
+    leading_dimensions: how many dimensions the collective needs before `features`.
+    """
+    if x.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"a compressed collective takes {allowed} tensors, not {x.dtype}")
+    if x.dim() <= leading_dimensions:
+        shape = "[rows, ..., features]" if leading_dimensions else "[..., features]"
+        raise ValueError(f"expected a tensor of shape {shape}, not one of shape {list(x.shape)}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("a compressed collective has no gradient; call it under torch.no_grad()")
+
+
+def check_out(out: torch.Tensor, x: torch.Tensor) -> None:
+    """Raise ValueError unless `out` is contiguous and has the shape, dtype and device of `x`."""
+    for property_name in ("shape", "dtype", "device"):
+        if (given := getattr(out, property_name)) != (needed := getattr(x, property_name)):
+            raise ValueError(f"out has {property_name} {given}, but the result has {needed}")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous; its strides are {out.stride()}")
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """`x` as [rows, features]; a copy only where its strides admit no view."""
+    return x.reshape(-1, x.shape[-1])

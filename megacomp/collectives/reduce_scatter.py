@@ -1,0 +1,53 @@
+"""reduce_scatter: each rank keeps its share of the sum over ranks, the partials encoded on the way."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megacomp.collectives.hops import ScatterHop, cut
+from megacomp.collectives.message import as_matrix, check_tensor, peers_of
+from megacomp.collectives.partition import split
+from megacomp.collectives.route import Route, choose_chunks
+from megacomp.collectives.trace import Trace
+
+
+@torch.compiler.disable
+def reduce_scatter(
+    x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, *, trace: Trace | None = None
+) -> torch.Tensor:
+    """This rank's share of the sum of every rank's `x`, shares being cut along the first dimension.
+
+    x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank, `rows` divisible by
+        the world size; any strides; not written to.
+    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+
+    Returns a new tensor [rows / world, ..., features]. One hop and one rounding by the codec, whatever the
+    world size: each owner receives its rows from every rank and sums them in rank order in fp32. Alone in its
+    group, a rank gets a copy of `x`.
+
+    Raises ValueError, before anything is sent, as all_reduce does, for a tensor of fewer than two dimensions,
+    and for rows that do not divide.
+    """
+    check_tensor(x, leading_dimensions=1)
+    peers = peers_of(group)
+    if x.shape[0] % peers.world_size:
+        raise ValueError(
+            f"reduce_scatter cuts the first dimension into {peers.world_size} equal shares; "
+            f"{x.shape[0]} rows do not divide"
+        )
+    if peers.world_size == 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    result = x.new_empty((x.shape[0] // peers.world_size, *x.shape[1:]))
+    if x.numel() == 0:
+        return result
+    rows, out = as_matrix(x), as_matrix(result)
+    shares = split(range(len(rows)), peers.world_size)
+    pieces = cut(shares, choose_chunks(route, len(rows), rows.shape[1], x.device))
+    hop = ScatterHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
+    for chunk in range(len(pieces)):
+        hop.send(chunk, rows)
+    for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
+        hop.decode_sum(chunk, out[owned[0].start : owned[0].stop])
+    hop.close()
+    return result

@@ -1,0 +1,306 @@
+"""Switching compression on and off: `install`, the `Installation` it returns, and `init_inference`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megacomp.agreement import agree, statement
+from megacomp.config import SECTION, Config, ConfigError, load, read
+from megacomp.door import Door
+from megacomp.patches import FRAMEWORKS, Framework, ImportWatch, Patch
+from megacomp.report import FrameworkReport, Report, SiteReport
+from megacomp.version import __version__
+
+__all__ = ["Installation", "ScriptInstallation", "init_inference", "install"]
+
+_log = logging.getLogger("megacomp")
+
+
+class _Active:
+    """The patches of one configuration, and how many installations hold them in place."""
+
+    def __init__(self, config: Config) -> None:
+        self.door = Door(config)
+        self.holders = 0
+        self.frameworks: dict[str, FrameworkReport] = {}
+        self._undo = ExitStack()
+
+    def check(self) -> None:
+        """Raise what forbids patching the frameworks that have been imported, before anything is patched."""
+        for framework in FRAMEWORKS:
+            if framework.imported:
+                framework.check(self.door)
+
+    def apply(self) -> None:
+        """Patch the frameworks that have been imported, wait for the others; nothing if that fails."""
+        with ExitStack() as undo:
+            undo.callback(self.door.close)
+            for framework in FRAMEWORKS:
+                if framework.imported:
+                    self._patch(framework, undo)
+                else:
+                    self.frameworks[framework.name] = FrameworkReport(framework.name, None, ())
+                    watch = ImportWatch(framework.module, partial(self._patch_late, framework))
+                    undo.callback(watch.stop)
+                    watch.start()
+            self._undo = undo.pop_all()
+
+    def undo(self) -> None:
+        """Put everything back, the last patch first."""
+        self._undo.close()
+
+    def attach(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
+        """Name the sites of models that have been built; ConfigError if rules match none of them."""
+        models = [model] if isinstance(model, torch.nn.Module) else list(model)
+        known = [framework for framework in FRAMEWORKS if framework.imported]
+        self.door.attach(
+            {layer: site for model in models for framework in known for layer, site in framework.sites(model).items()},
+            {
+                name: why
+                for model in models
+                for framework in known
+                for name, why in framework.not_covered(model).items()
+            },
+        )
+
+    def _patch(self, framework: Framework, undo: ExitStack) -> None:
+        patches = framework.patches(self.door)
+        for patch in patches:
+            patch.apply()
+            undo.callback(patch.undo)
+        paths = tuple(patch.path for patch in patches)
+        self.frameworks[framework.name] = FrameworkReport(framework.name, framework.version, paths)
+
+    def _patch_late(self, framework: Framework) -> None:
+        """Patch a framework just imported; what it raises becomes an error of that import."""
+        with _registry.lock, ExitStack() as undo:
+            framework.check(self.door)
+            self._patch(framework, undo)
+            self._undo.push(undo.pop_all())
+
+
+class _Registry:
+    """What is installed in this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.active: _Active | None = None
+
+    def find(self, config: Config) -> _Active:
+        """The patches of `config`: those in place, or new ones, checked but not applied.
+
+        Raises ConfigError if a different configuration is in place, and what `_Active.check` raises.
+        """
+        if self.active is None:
+            active = _Active(config)
+            active.check()
+            return active
+        self.active.door.require_same(config)
+        return self.active
+
+    def hold(self, active: _Active) -> None:
+        """Count one more installation; the first applies the patches."""
+        if active.holders == 0:
+            active.apply()
+            self.active = active
+        active.holders += 1
+
+    def release(self, active: _Active) -> None:
+        """Count one installation less; the last puts everything back."""
+        active.holders -= 1
+        if active.holders == 0:
+            self.active = None
+            active.undo()
+
+
+# Patches are a property of the process, so what is known about them is one as well.
+_registry = _Registry()
+
+
+class Installation:
+    """Compression, switched on until `uninstall` or the end of the `with` block.
+
+    Installing the configuration that is in place already gives another Installation of it: compression ends
+    when every one of them is uninstalled, in whatever order. They share one report.
+    """
+
+    def __init__(self, active: _Active) -> None:
+        self._active = active
+        self._held = True
+
+    def report(self) -> Report:
+        """What was patched, and what every site of this rank has sent so far; also after `uninstall`."""
+        active, door = self._active, self._active.door
+        return Report(
+            version=__version__,
+            active=active.holders > 0,
+            config=door.config.canonical(),
+            digest=door.config.digest(),
+            frameworks=tuple(active.frameworks.values()),
+            sites={
+                name: SiteReport(
+                    calls=site.calls,
+                    rows=site.rows,
+                    bytes_sent=site.bytes_sent,
+                    plain_bytes=site.plain_bytes,
+                    ratio=site.ratio,
+                    declined=dict(site.declined),
+                    codec=", ".join(site.codecs) or None,
+                    sqnr_db=site.sqnr_db,
+                )
+                for name, site in door.telemetry.sites.items()
+            },
+            outside=door.telemetry.outside,
+            not_covered=dict(door.not_covered),
+        )
+
+    def uninstall(self) -> None:
+        """Put every original object back, unless another Installation still needs the patches; once only."""
+        with _registry.lock:
+            if self._held:
+                self._held = False
+                _registry.release(self._active)
+
+    def __enter__(self) -> Installation:
+        if not self._held:
+            raise RuntimeError("this installation has been uninstalled; install again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.uninstall()
+
+
+def install(
+    config: str | Path | Mapping[str, Any] | Config,
+    model: torch.nn.Module | Iterable[torch.nn.Module] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Installation:
+    """Compress the reductions of tensor-parallel layers in this process.
+
+    config: a DeepSpeed JSON file, a dict of the same contents, or its "megacomp" section as a Config.
+    model: models already built (or their engines); needed to name the layers of a DeepSpeed model built
+        before, and to check that every rule matches a site. Megatron's layers, and those that
+        deepspeed.init_inference builds later, are found without it.
+    group: the ranks that must agree; the default group unless given.
+
+    If torch.distributed is initialised this is a collective call: all ranks of `group` compare their
+    configuration. Otherwise the ranks of each tensor-parallel group do when it is first used.
+
+    Megatron-core and DeepSpeed are patched if they have been imported, or else as soon as they are.
+
+    Raises, before anything is changed:
+        ConfigError: a bad or missing section, rules that match nothing in `model`, or another configuration
+            is installed.
+        UnsupportedVersionError, MissingSymbolError: a framework in a version that is not supported.
+        AgreementError: other ranks differ, or failed; raised on every rank.
+    """
+    with _registry.lock:
+        problem: Exception | None = None
+        try:
+            section = config if isinstance(config, Config) else load(config)[0]
+            active = _registry.find(section)
+            if model is not None:
+                active.attach(model)
+        except Exception as error:
+            problem = error
+        if dist.is_available() and dist.is_initialized():
+            # A rank that failed says so, or the others would wait for it.
+            agree(problem or statement(section), group)
+            active.door.trust(group)
+        elif problem is not None:
+            raise problem
+        _registry.hold(active)
+    return Installation(active)
+
+
+def init_inference(model: torch.nn.Module, config: str | Path | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    """deepspeed.init_inference, which also obeys the "megacomp" section of its configuration.
+
+    model, config, kwargs: as deepspeed.init_inference takes them, with the section in `config` or as a keyword;
+        `config` is not changed. Without a section this is deepspeed.init_inference and nothing else.
+
+    Returns the engine, with the Installation as `engine.megacomp`; uninstall it to be back at uncompressed
+    communication.
+
+    Raises what `install` raises, before the model is touched; ConfigError for rules that match no site of the
+    model, once it is built.
+    """
+    import deepspeed
+
+    if SECTION in kwargs:
+        document = {} if config is None else read(config)
+        if SECTION in document:
+            raise ConfigError([(SECTION, "given twice, in config and as a keyword")])
+        config = {**document, SECTION: kwargs.pop(SECTION)}
+    if config is None or SECTION not in read(config):
+        _log.info("no %r section: init_inference leaves communication uncompressed", SECTION)
+        return deepspeed.init_inference(model, str(config) if isinstance(config, Path) else config, **kwargs)
+    section, rest = load(config)
+    installation = install(section)
+    try:
+        engine = deepspeed.init_inference(model, rest, **kwargs)
+    except BaseException:
+        installation.uninstall()
+        raise
+    engine.megacomp = installation
+    return engine
+
+
+class ScriptInstallation:
+    """Installs whatever "megacomp" section a script gives to its own deepspeed.init_inference.
+
+    For running a script unmodified, with no configuration but its own: within the `with` block the first call
+    with a section becomes `megacomp.init_inference`; from then on that configuration is installed. Leaving
+    the block uninstalls it.
+
+    installation: the Installation, or None as long as there was no such call.
+    """
+
+    def __init__(self) -> None:
+        self.installation: Installation | None = None
+        self._patch = Patch("deepspeed.init_inference", self._intercept)
+        self._undo = ExitStack()
+
+    def __enter__(self) -> ScriptInstallation:
+        deepspeed = next(framework for framework in FRAMEWORKS if framework.name == "deepspeed")
+        if deepspeed.imported:
+            self._start()
+        else:
+            watch = ImportWatch(deepspeed.module, self._start)
+            self._undo.callback(watch.stop)
+            watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def _start(self) -> None:
+        self._patch.apply()
+        self._undo.callback(self._patch.undo)
+
+    def _intercept(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def intercepted(model: torch.nn.Module, config: Any = None, **kwargs: Any) -> Any:
+            if not isinstance(config, str | Mapping) or SECTION not in read(config):
+                return original(model, config, **kwargs)
+            # The installation patches the same function: this patch makes way for it.
+            self._undo.close()
+            engine = init_inference(model, config, **kwargs)
+            self.installation = engine.megacomp
+            self._undo.callback(engine.megacomp.uninstall)
+            return engine
+
+        return intercepted

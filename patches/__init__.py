@@ -1,0 +1,11 @@
+"""Where megacomp cuts into other frameworks, each cut a reversible `Patch`."""
+
+from megacomp.patches.deepspeed import DeepSpeed
+from megacomp.patches.framework import Framework, UnsupportedVersionError
+from megacomp.patches.importing import ImportWatch
+from megacomp.patches.megatron import Megatron
+from megacomp.patches.patch import MissingSymbolError, Patch
+
+__all__ = ["FRAMEWORKS", "Framework", "ImportWatch", "MissingSymbolError", "Patch", "UnsupportedVersionError"]
+
+FRAMEWORKS: tuple[Framework, ...] = (Megatron(), DeepSpeed())

@@ -1,0 +1,69 @@
+"""What megacomp needs to know about a framework to cut into it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    import torch
+
+    from megacomp.door import Door
+    from megacomp.patches.patch import Patch
+    from megacomp.policy import Site
+
+__all__ = ["Framework", "UnsupportedVersionError"]
+
+
+class UnsupportedVersionError(RuntimeError):
+    """A framework in a version whose insides megacomp does not know; nothing has been patched."""
+
+
+class Framework(ABC):
+    """A framework whose reductions can be compressed.
+
+    name: of its distribution, "megatron-core".
+    module: its package, with `__version__`; once that is imported everything the patches replace can be.
+    supported: the versions in which all of that exists, ">=1.2,<2".
+    """
+
+    name: ClassVar[str]
+    module: ClassVar[str]
+    supported: ClassVar[str]
+
+    @property
+    def imported(self) -> bool:
+        """Whether its package has been imported, completely."""
+        module = sys.modules.get(self.module)
+        return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+    @property
+    def version(self) -> str:
+        """Its version; imports it."""
+        return importlib.import_module(self.module).__version__
+
+    def check(self, door: Door) -> None:
+        """Raise UnsupportedVersionError or MissingSymbolError if the imported version cannot be patched."""
+        known = f"{self.name} {self.supported}"
+        if not SpecifierSet(self.supported).contains(Version(self.version), prereleases=True):
+            raise UnsupportedVersionError(f"{self.name} {self.version} is not supported; megacomp works with {known}")
+        for patch in self.patches(door):
+            patch.check(f"{known}, found {self.version}")
+
+    @abstractmethod
+    def patches(self, door: Door) -> list[Patch]:
+        """What is replaced, in the order in which to apply it."""
+
+    @abstractmethod
+    def sites(self, model: torch.nn.Module) -> Mapping[torch.nn.Module, Site]:
+        """The layers of `model` whose collectives come to the door, and the sites they are."""
+
+    @abstractmethod
+    def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
+        """The row-parallel layers of `model`, by name, that reduce where no patch sees them, and why."""

@@ -1,0 +1,210 @@
+"""Megatron-core: where tensor-parallel transformer layers reduce.
+
+The collectives are cut in `megatron.core.tensor_parallel.mappings`, at the module's own helpers: every caller
+looks them up in the module's globals when it runs, whereas the public functions and autograd classes around
+them were bound by name in other modules at import. The helpers do not know who calls; so the forward of
+`RowParallelLinear` (and of `ColumnParallelLinear`, for gathers) says which layer is running, and that of
+`TransformerLayer` says which site a layer is, before it first runs, however and whenever it was built.
+
+Left exact because they come from no site: the masked sum of the embedding, the gather in front of the output
+layer, token counts and tokens dispatched to experts, shared experts, cross-attention, and whatever runs
+backward. Not seen at all: what reduces without these helpers (`not_covered` lists it), and the gather of
+`layers.dist_all_gather_func` that column-parallel layers use while their weights require gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megacomp.patches.framework import Framework
+from megacomp.patches.patch import Patch
+from megacomp.policy import Site
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from megacomp.config import Module
+    from megacomp.door import Door
+
+__all__ = ["Megatron"]
+
+# The children of a TransformerLayer that close (row-parallel) and open (column-parallel) its two halves.
+_LAYERS: Mapping[str, Module] = {
+    "self_attention.linear_qkv": "attention",
+    "self_attention.linear_proj": "attention",
+    "mlp.linear_fc1": "mlp",
+    "mlp.linear_fc2": "mlp",
+}
+
+_BYPASSES = {
+    "TERowParallelLinear": "Transformer Engine reduces by itself",
+    "TELayerNormMLP": "Transformer Engine reduces by itself",
+    "InferenceRowParallelLinear": "its fused kernels reduce by themselves",
+    "SharedExpertMLP": "shared experts are left exact",
+}
+
+
+class Megatron(Framework):
+    """Megatron-core 0.12 to 0.16, layers of its own (`local`) implementation."""
+
+    name = "megatron-core"
+    module = "megatron.core"
+    supported = ">=0.12,<0.17"
+
+    def patches(self, door: Door) -> list[Patch]:
+        """The forwards that say where we are first, then the collectives."""
+        mappings = "megatron.core.tensor_parallel.mappings"
+        layers = "megatron.core.tensor_parallel.layers"
+        patches = [
+            Patch(
+                "megatron.core.transformer.transformer_layer.TransformerLayer.forward",
+                partial(_transformer_layer, door),
+            ),
+            Patch(f"{layers}.RowParallelLinear.forward", partial(_parallel_linear, door)),
+            Patch(f"{mappings}._reduce", partial(_reduce, door)),
+            Patch(f"{mappings}._reduce_scatter_along_first_dim", partial(_reduce_scatter, door)),
+        ]
+        if "all_gather" in door.config.communication.collectives:
+            patches += [
+                Patch(f"{layers}.ColumnParallelLinear.forward", partial(_parallel_linear, door)),
+                Patch(f"{mappings}._gather_along_first_dim", partial(_gather, door)),
+            ]
+        return patches
+
+    def sites(self, model: torch.nn.Module) -> dict[torch.nn.Module, Site]:
+        """The row- and column-parallel layers of every TransformerLayer in `model`."""
+        from megatron.core.transformer.transformer_layer import TransformerLayer
+
+        found = {}
+        for module in model.modules():
+            if isinstance(module, TransformerLayer):
+                found.update(_sites_of_layer(module))
+        return found
+
+    def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
+        """Layers of Transformer Engine, fused inference layers, shared experts."""
+        found = {}
+        for name, module in model.named_modules():
+            kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _BYPASSES]
+            if kinds:
+                found[name] = f"{type(module).__name__}: {_BYPASSES[kinds[0]]}"
+        return found
+
+
+def _sites_of_layer(layer: Any) -> dict[torch.nn.Module, Site]:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    # layer_number counts from 1 over all pipeline stages; config.num_layers is that of the entire model.
+    index, count = layer.layer_number - 1, layer.config.num_layers
+    sites = {}
+    for path, module in _LAYERS.items():
+        parent, _, child = path.partition(".")
+        linear = getattr(getattr(layer, parent, None), child, None)
+        if isinstance(linear, RowParallelLinear | ColumnParallelLinear):
+            sites[linear] = Site(f"layers.{index}.{module}", module, index, count)
+    return sites
+
+
+def _transformer_layer(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers TransformerLayer.forward and what inherits it: learns the layer's sites before it first runs.
+
+    Here because this is the one method that every layer runs whole and that knows its number, for models
+    built before as after the installation. It also is a place that every rank of a group passes, whatever its
+    configuration: the ranks compare theirs before one of them might enter a collective that others do not.
+    Not covered: subclasses that override forward without calling it.
+    """
+
+    seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self not in seen:
+            seen.add(self)
+            sites = _sites_of_layer(self)
+            door.learn(sites)
+            if sites:
+                door.agree(_group(getattr(next(iter(sites)), "tp_group", None)))
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _parallel_linear(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers RowParallelLinear.forward or ColumnParallelLinear.forward: makes their site the current one.
+
+    Here because only outside of the autograd functions it calls is it known whether gradients are wanted.
+    Layers that are no site, such as the output layer and the linears of experts, run with none.
+    """
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return door.inside(self, original, *args, **kwargs)
+
+    return forward
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is not None:
+        return group
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    return get_tensor_model_parallel_group()
+
+
+def _reduce(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers mappings._reduce, the all-reduce of row-parallel layers without sequence parallelism.
+
+    Answers with a new tensor. The original reduces in place, or, given a tensor that is not contiguous,
+    reduces a copy and returns its input unreduced: a replacement must not rely on either. Before 0.13 it
+    takes no group and means the tensor-parallel one.
+    """
+
+    def reduce(input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        group = kwargs.get("group", args[0] if args else None)
+        result = door("all_reduce", input_, _group(group))
+        return original(input_, *args, **kwargs) if result is None else result
+
+    return reduce
+
+
+def _reduce_scatter(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers mappings._reduce_scatter_along_first_dim, which row-parallel layers use under sequence
+    parallelism.
+
+    Left exact: unequal splits (`input_split_sizes`), as experts use them.
+    """
+
+    def reduce_scatter(
+        input_: torch.Tensor,
+        group: dist.ProcessGroup | None = None,
+        input_split_sizes: list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        result = door("reduce_scatter", input_, _group(group), even=input_split_sizes is None)
+        return original(input_, group, input_split_sizes, *args, **kwargs) if result is None else result
+
+    return reduce_scatter
+
+
+def _gather(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers mappings._gather_along_first_dim inside of column-parallel layers whose weights are frozen.
+
+    Under sequence parallelism they gather their input this way. Left exact: unequal splits
+    (`output_split_sizes`), and token counts and routing maps of experts, which pass through here outside of
+    these layers.
+    """
+
+    def gather(
+        input_: torch.Tensor,
+        group: dist.ProcessGroup | None = None,
+        output_split_sizes: list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        result = door("all_gather", input_, _group(group), even=output_split_sizes is None)
+        return original(input_, group, output_split_sizes, *args, **kwargs) if result is None else result
+
+    return gather

@@ -1,0 +1,31 @@
+"""Fixtures shared by every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """The session's pool of gloo processes: `ranks.run(function, *args, world_size=2, timeout=120)`."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of development models and texts (MEGACOMP_DATA, or shared/data beside the repository).
+
+    Tests that need it skip where it is absent: it is no part of the product.
+    """
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MEGACOMP_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no development data at {folder}")
+    return folder
