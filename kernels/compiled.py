@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from megacomp.kernels.block_format import WireFields
 
@@ -102,7 +103,7 @@ def run_compiled(definition: Callable[..., Any], format: Hashable, features: int
         start, stop = rows * index // slices, rows * (index + 1) // slices
 
         def isolate(tensor: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
-            isolated = torch.from_dlpack(tensor[start:stop])
+            isolated = from_dlpack(to_dlpack(tensor[start:stop]))
             torch._dynamo.maybe_mark_dynamic(isolated, 0)
             return isolated
 

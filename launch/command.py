@@ -1,0 +1,168 @@
+"""What all commands share: how errors end, where arguments come from, options, and what is shown to whom."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand, TyperGroup
+
+import megacomp
+from megacomp.launch import distributed, engines
+from megacomp.launch.engines import Engine
+from megacomp.launch.errors import LaunchError
+
+USAGE_ERROR = 2
+
+_ARGUMENTS = "megacomp.arguments"
+_LOCAL_RANK = "megacomp.local_rank"
+
+
+class RankedCommand(TyperCommand):
+    """A command that may run in many ranks and may start them.
+
+    Errors of the request end it with exit code 2 and their message alone; anything else is a bug or a failing
+    machine and keeps its traceback (exit code 1). Its arguments are kept as given, for starting it again in
+    other processes. The `--local_rank=N` with which the deepspeed launcher begins them is taken off.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = _without_local_rank(ctx, args)
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        request_errors = (
+            LaunchError,
+            megacomp.ConfigError,
+            megacomp.CodecError,
+            megacomp.AgreementError,
+            megacomp.UnsupportedVersionError,
+            megacomp.MissingSymbolError,
+        )
+        try:
+            return super().invoke(ctx)
+        except request_errors as error:
+            world_size = distributed.launched_world_size()
+            who = f"rank {distributed.rank()}: " if world_size and world_size > 1 else ""
+            sys.stderr.write(f"{who}error: {error}\n")
+            sys.stderr.flush()
+            raise typer.Exit(USAGE_ERROR) from None
+
+
+class RankedGroup(TyperGroup):
+    """A group of such commands, which the deepspeed launcher may start as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _without_local_rank(ctx, args))
+
+
+def _without_local_rank(ctx: typer.Context, args: list[str]) -> list[str]:
+    if args and args[0].startswith("--local_rank="):
+        ctx.meta[_LOCAL_RANK], *args = args
+    return args
+
+
+def arguments(ctx: typer.Context) -> list[str]:
+    """The command's arguments as they were given."""
+    return ctx.meta[_ARGUMENTS]
+
+
+def local_rank_argument(ctx: typer.Context) -> list[str]:
+    """The argument the deepspeed launcher put before them, if it did."""
+    return [ctx.meta[_LOCAL_RANK]] if _LOCAL_RANK in ctx.meta else []
+
+
+def single(function: Callable[..., None], **settings: Any) -> typer.Typer:
+    """A program of this one command, for `python -m` and the launchers."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=RankedCommand, **settings)(function)
+    return app
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one that shows and writes results."""
+    return distributed.rank() == 0
+
+
+def results() -> Console:
+    """Where results are shown: standard output, of rank 0 only."""
+    return Console(quiet=not is_main_rank(), width=_file_width(sys.stdout))
+
+
+def messages() -> Console:
+    """Where everything else is shown: standard error, of rank 0 only."""
+    return Console(quiet=not is_main_rank(), width=_file_width(sys.stderr), stderr=True)
+
+
+def _file_width(stream: TextIO) -> int | None:
+    """In a file, lines are as wide as our tables; on a terminal, as wide as the terminal."""
+    return None if stream.isatty() else 120
+
+
+def progress() -> Progress:
+    """A progress bar on standard error, shown by rank 0 and on a terminal only."""
+    console = messages()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal or console.quiet,
+        transient=True,
+    )
+
+
+@contextmanager
+def build_engine(model: Path, name: str, tp: int, dtype: str) -> Iterator[Engine]:
+    """`engines.build` for a command: what PyTorch tells Megatron's authors does not concern its user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        with engines.build(model, name, tp=tp, dtype=engines.DTYPES[dtype]) as engine:
+            yield engine
+
+
+class EngineName(str, Enum):
+    """The choices of --engine."""
+
+    DEEPSPEED = "deepspeed"
+    MEGATRON = "megatron"
+
+
+class DtypeName(str, Enum):
+    """The choices of --dtype."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+ModelOption = Annotated[
+    Path, typer.Option("--model", help="A local Hugging Face model folder: Llama, Mistral or Qwen2.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help='A DeepSpeed JSON, of which the "megacomp" section is used. Without it: uncompressed only.'
+    ),
+]
+EngineOption = Annotated[EngineName, typer.Option("--engine", help="The framework that runs the model.")]
+TpOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        help="Tensor-parallel ranks. Default: those a launcher started, else 1. "
+        "More than one without a launcher starts them under the deepspeed launcher.",
+    ),
+]
+DtypeOption = Annotated[DtypeName, typer.Option("--dtype", help="Of weights and activations.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as well.")]

@@ -1,0 +1,103 @@
+"""Tensor-parallel models from Hugging Face folders, one engine for each framework megacomp cuts into.
+
+with engines.build("model/", "megatron", tp=2, dtype=torch.bfloat16) as engine:
+    logits = engine.logits(tokens)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import ExitStack, nullcontext
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from megacomp.launch import distributed
+from megacomp.launch.engines import cpu_host
+from megacomp.launch.engines.architecture import Architecture
+from megacomp.launch.engines.base import Engine, Generation
+from megacomp.launch.engines.checkpoint import Checkpoint
+from megacomp.launch.errors import LaunchError
+
+__all__ = ["DTYPES", "ENGINES", "Engine", "Generation", "build", "check"]
+
+ENGINES = ("deepspeed", "megatron")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_logger = logging.getLogger(__name__)
+
+
+def check(model_dir: str | Path, engine: str = "deepspeed", *, tp: int) -> Architecture:
+    """Everything about a request for a model that can be known before anything is started.
+
+    Raises LaunchError for an unknown or absent engine, a folder without config.json or weights, a model no
+    engine computes, weights that do not fit config.json, or a `tp` that does not divide the model's heads.
+    """
+    if engine not in ENGINES:
+        raise LaunchError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+    packages = {"deepspeed": ("deepspeed",), "megatron": ("megatron", "megatron.core")}[engine]
+    if any(find_spec(name) is None for name in (*packages, "transformers")):
+        raise LaunchError(f"engine {engine} is not installed: pip install 'megacomp[{engine}]'")
+    folder = Path(model_dir)
+    architecture = Architecture.read(folder)
+    architecture.check_tensor_parallel(tp)
+    with Checkpoint(folder) as checkpoint:
+        checkpoint.check(architecture.tensor_shapes())
+    return architecture
+
+
+def build(
+    model_dir: str | Path,
+    engine: str = "deepspeed",
+    *,
+    tp: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Engine:
+    """A Llama, Mistral or Qwen2 model from a local Hugging Face folder, on `tp` ranks, not compressed.
+
+    Every rank calls this. The ranks are those of the default process group, or of the launcher's
+    environment, or this process alone; there must be exactly `tp`.
+
+    dtype: float32, bfloat16 or float16, of weights and activations. device: default this rank's GPU, or the
+    CPU where there is none.
+
+    Raises LaunchError as `check` does, and for another dtype or number of ranks; nothing has changed then.
+    """
+    if dtype not in DTYPES.values():
+        raise LaunchError(f"dtype {dtype} is not supported; use {', '.join(DTYPES)}")
+    architecture = check(model_dir, engine, tp=tp)
+    folder = Path(model_dir)
+    place = distributed.default_device() if device is None else torch.device(device)
+
+    with Checkpoint(folder) as checkpoint:
+        unused = checkpoint.unused(architecture.tensor_shapes())
+    if unused and distributed.rank() == 0:
+        _logger.warning("%s: weights config.json has no place for: %s", folder, ", ".join(unused))
+
+    import transformers
+
+    hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    cleanup = ExitStack()
+    try:
+        cleanup.enter_context(distributed.process_group(tp, place))
+        with warnings.catch_warnings():
+            # Megatron warns that Transformer Engine and apex, which we do not use, are absent, and of its own
+            # defaults.
+            warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+            module = _module(engine, place)
+            return module.build(folder, architecture, hf_config, tp, dtype, place, cleanup)
+    except BaseException:
+        cleanup.close()
+        raise
+
+
+def _module(engine: str, device: torch.device) -> ModuleType:
+    """The module of an engine, imported only here: its framework is heavy, and may be absent."""
+    on_cpu = engine == "deepspeed" and device.type == "cpu"
+    with cpu_host.deepspeed_on_cpu() if on_cpu else nullcontext():
+        return import_module(f"megacomp.launch.engines.{engine}")

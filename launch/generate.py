@@ -1,0 +1,86 @@
+"""`megacomp generate`: a continuation of a prompt, and how fast it came."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import megacomp
+from megacomp import config as configuration
+from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch.distributed import ensure_ranks
+from megacomp.launch.errors import LaunchError
+
+
+def run(
+    ctx: typer.Context,
+    model: command.ModelOption,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The text to continue.")] = None,
+    tokens_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokens", help="Tokens instead of a prompt: .npy, int64, 1 x length; for a model without tokenizer."
+        ),
+    ] = None,
+    config: command.ConfigOption = None,
+    engine: command.EngineOption = command.EngineName.DEEPSPEED,
+    tp: command.TpOption = None,
+    dtype: command.DtypeOption = command.DtypeName.BF16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
+    json_file: command.JsonOption = None,
+) -> None:
+    """Continue a prompt greedily; prints the text, the time to first token and the tokens per second.
+
+    A short run comes first, so that the times are those of a server that has been running.
+    """
+    if (prompt is None) == (tokens_file is None):
+        raise LaunchError("give either --prompt TEXT or --tokens FILE.npy")
+    section = configuration.load(config)[0] if config is not None else None
+    files.check_writable(json_file)
+    architecture = engines.check(model, engine.value, tp=tp or 1)
+    tokenizer: Any = None
+    if tokens_file is not None:
+        tokens = text.read_tokens(tokens_file, architecture.vocab_size)
+        if len(tokens) > 1:
+            raise LaunchError(f"{tokens_file} holds {len(tokens)} sequences; generate continues one")
+    else:
+        tokenizer = text.load_tokenizer(model)
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+        if tokens.shape[1] < 1:
+            raise LaunchError("the prompt is empty")
+    ranks = ensure_ranks(tp, "megacomp.launch.generate", command.arguments(ctx))
+
+    with command.build_engine(model, engine.value, ranks, dtype.value) as built:
+        compression = megacomp.install(section, model=built.module) if section is not None else nullcontext()
+        with compression:
+            built.generate(tokens, min(2, max_new_tokens))
+            generation = built.generate(tokens, max_new_tokens, eos_token_id=built.hf_config.eos_token_id)
+        described = environment.describe(built.device)
+    result = {
+        "engine": built.name,
+        "tp": ranks,
+        "dtype": dtype.value,
+        "codec": section.communication.codec if section is not None else None,
+        "prompt": prompt,
+        "text": tokenizer.decode(generation.tokens, skip_special_tokens=True) if tokenizer else None,
+        "tokens": generation.tokens,
+        "ttft_ms": 1e3 * generation.ttft_s,
+        "tokens_per_s": generation.tokens_per_s,
+    }
+    console = command.results()
+    shown = result["text"] if tokenizer else " ".join(map(str, generation.tokens))
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    speed = f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s else ""
+    console.print(f"{len(generation.tokens)} tokens, first after {result['ttft_ms']:.1f} ms{speed}", style="dim")
+    if json_file is not None and command.is_main_rank():
+        files.write_json(json_file, {**result, "environment": described})
+
+
+app = command.single(run)
+
+if __name__ == "__main__":
+    app()
