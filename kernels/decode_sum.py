@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,7 @@ def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, back
     rows, features = out.shape
     if rows == 0:
         return
-    peers = [format.fields(wire, features) for wire in wires]
+    peers = [_readable(format, format.fields(wire, features)) for wire in wires]
     padded = format.padded_features(features)
     direct = padded == features and out.is_contiguous()
     target = out if direct else out.new_empty(rows, padded)
@@ -66,6 +67,15 @@ def decode_sum_definition(format: BlockFormat, peers: Sequence[WireFields], piec
         totals = [hadamard(rotated, format.rotation).view(rows, blocks, -1)]
     for piece, total in zip(pieces, totals, strict=True):
         piece.copy_(total)
+
+
+def _readable(format: BlockFormat, fields: WireFields) -> WireFields:
+    """Two-byte scales as the floats they are: a compiler does not vectorize around int16."""
+    scale = format.scale
+    if isinstance(scale, PowerOfTwoScale) or scale.bits == 8:
+        return fields
+    minimums = None if fields.minimums is None else fields.minimums.view(scale.dtype)
+    return replace(fields, scales=(fields.scales[0].view(scale.dtype),), minimums=minimums)
 
 
 def _decode(format: BlockFormat, fields: WireFields, rows: int, blocks: int) -> list[torch.Tensor]:

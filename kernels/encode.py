@@ -106,7 +106,7 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
             codes.append(steps.clamp(0.0, 2.0**element.bits - 1))
     for field, plane in zip(fields.planes, pack(codes, element.bits), strict=True):
         field.copy_(plane.view(rows, -1))
-    return [inverse, *per_block]
+    return [finite, inverse, *per_block]
 
 
 def _block_error(element: FloatElement | IntElement, y: torch.Tensor) -> torch.Tensor:

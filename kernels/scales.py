@@ -89,7 +89,7 @@ class RealScale:
         return torch.where(magnitude == 0, 0, rounded)
 
     def value(self, bits: torch.Tensor) -> torch.Tensor:
-        """float32 scales of their bits; exact."""
+        """float32 scales of their bits (or of tensors of ``dtype``); exact."""
         return bits.view(self.dtype).to(torch.float32)
 
 
