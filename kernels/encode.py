@@ -72,7 +72,7 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
     amax = torch.maximum(highest, -lowest).abs()
     finite = amax < torch.inf
     amax, highest, lowest = (torch.where(finite, extreme, 0.0) for extreme in (amax, highest, lowest))
-    values = torch.where(finite.unsqueeze(-1), values, 0.0)
+    values = torch.where(values.abs() < torch.inf, values, 0.0)
 
     per_block: list[torch.Tensor] = []
     minimum = None
@@ -106,7 +106,7 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
             codes.append(steps.clamp(0.0, 2.0**element.bits - 1))
     for field, plane in zip(fields.planes, pack(codes, element.bits), strict=True):
         field.copy_(plane.view(rows, -1))
-    return [finite, inverse, *per_block]
+    return [inverse, *per_block]
 
 
 def _block_error(element: FloatElement | IntElement, y: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives import Route, Trace, all_reduce, choose_algorithm, payload_ratio, wire_bytes
+from megacomp.collectives import (
+    Route,
+    Trace,
+    all_reduce,
+    choose_algorithm,
+    choose_chunks,
+    payload_ratio,
+    wire_bytes,
+)
 
 Distribution = Literal["gaussian", "outliers"]
 
@@ -45,7 +53,7 @@ def measure(
 
     Returns a JSON-able dict, the same on every rank but for "traffic":
         message: rows, features, dtype, bytes, distribution
-        route: codec, gather_codec, algorithm (the one chosen), pipeline_chunks, world_size
+        route: codec, gather_codec, algorithm and pipeline_chunks (those chosen), world_size
         plain, compressed: {median_ms, min_ms, max_ms}
         speedup: ratio of the medians
         stages: medians of {encode_ms, wire_ms, decode_ms} on the slowest rank of each; host time
@@ -81,7 +89,7 @@ def measure(
             "codec": route.codec.name,
             "gather_codec": route.second_codec.name,
             "algorithm": choose_algorithm(route, world_size, rows, features),
-            "pipeline_chunks": route.pipeline_chunks,
+            "pipeline_chunks": choose_chunks(route, rows, features, device),
             "world_size": world_size,
         },
         "plain": _spread(times["plain"]),

@@ -122,7 +122,7 @@ def test_quality_depends_on_the_outlier_features(
 def test_folding_the_gain_leaves_an_ordinary_llama_with_the_same_outputs(
     demo: SimpleNamespace, rows: torch.Tensor
 ) -> None:
-    model = demo.train.build_model(end_of_text_id=0, seed=1).eval()
+    model = demo.train.build_model(seed=1).eval()
     with torch.no_grad():
         before = model(input_ids=rows[:1, :16]).logits
         demo.train.fold_gain(model)
@@ -134,6 +134,12 @@ def test_folding_the_gain_leaves_an_ordinary_llama_with_the_same_outputs(
 
 
 # Tokenizer
+
+
+def test_tokenizer_names_a_class_every_supported_transformers_has() -> None:
+    """transformers 4 refuses the name that transformers 5 saves by default."""
+    config = json.loads((MODEL / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize(

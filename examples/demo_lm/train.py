@@ -30,10 +30,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 END_OF_TEXT = "<|endoftext|>"
+# The tokenizer trainer numbers special tokens first.
+END_OF_TEXT_ID = 0
 VOCABULARY = 2048
 CONTEXT = 256
 
@@ -49,7 +51,7 @@ BATCH = 8
 PEAK_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
 # One core of an AMD EPYC with AVX512-BF16 takes about this many. The run is counted in steps and not in
-# elapsed time, so that the same arguments give the same model on a slower machine.
+# elapsed time, so that what else the machine does cannot change the model.
 STEPS_PER_MINUTE = 200
 STATISTICS_ROWS = 64
 
@@ -73,7 +75,7 @@ class OutlierRows(nn.Module):
         return weight * scale
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE: any text round-trips exactly, nothing is added to it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,19 +87,28 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT,
-    )
+    return tokenizer
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Written by hand because transformers 5 saves a class name that transformers 4 cannot load.
+    """
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def token_stream(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
     """All texts as one sequence of token ids, each text preceded by the end-of-text token."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts)
-    return [token for encoding in encodings for token in (tokenizer.bos_token_id, *encoding.ids)]
+    return [token for encoding in tokenizer.encode_batch(texts) for token in (END_OF_TEXT_ID, *encoding.ids)]
 
 
 def batches(stream: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
@@ -108,7 +119,7 @@ def batches(stream: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
         yield stream[starts + torch.arange(CONTEXT)]
 
 
-def build_model(end_of_text_id: int, seed: int) -> LlamaForCausalLM:
+def build_model(seed: int) -> LlamaForCausalLM:
     """A Llama with random weights and the gain on its outlier features."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -121,11 +132,11 @@ def build_model(end_of_text_id: int, seed: int) -> LlamaForCausalLM:
         head_dim=32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        bos_token_id=end_of_text_id,
-        eos_token_id=end_of_text_id,
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
     )
     model = LlamaForCausalLM(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_INIT_STD)
+    nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_INIT_STD)
     for index, layer in enumerate(measure.row_parallel_layers(model).values()):
         gain = OUTLIER_GAIN if index else FIRST_ATTENTION_GAIN
         parametrize.register_parametrization(layer, "weight", OutlierRows(OUTLIER_FEATURES, gain))
@@ -178,7 +189,7 @@ def fold_gain(model: LlamaForCausalLM) -> None:
 def figures(folder: Path, texts: list[str]) -> dict[str, Any]:
     """What the saved checkpoint is worth on held-out texts, one key a figure of training.json."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokens = token_stream(tokenizer, texts)
     rows = measure.windows(tokens, CONTEXT)
     perplexity = measure.perplexity(model, rows)
@@ -227,13 +238,13 @@ def main() -> None:
     stream = torch.tensor(token_stream(tokenizer, texts))
     print(f"{len(texts)} training files, {len(stream)} tokens, {steps} steps of {BATCH * CONTEXT} tokens")
 
-    model = build_model(tokenizer.eos_token_id, arguments.seed)
+    model = build_model(arguments.seed)
     wall, cpu = time.perf_counter(), time.process_time()
     train(model, stream, steps, arguments.seed)
     minutes, cpu_minutes = (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
     fold_gain(model)
     model.bfloat16().save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    save_tokenizer(tokenizer, arguments.out)
 
     report = {
         "minutes": round(minutes, 1),
