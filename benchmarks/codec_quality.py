@@ -18,19 +18,15 @@ OUTLIER_EVERY, OUTLIER_GAIN = 97, 30.0
 BEGIN, END = "<!-- table: python -m benchmarks.codec_quality -->", "<!-- end of table -->"
 
 
-def sqnr_db(codec: codecs.Codec, x: torch.Tensor) -> float:
-    """Signal to quantization noise ratio of one encode and decode, in dB."""
-    decoded = codec.decode(codec.encode(x), x.shape[1], torch.float32)
-    noise = (decoded.double() - x.double()).square().sum()
-    return float(10 * torch.log10(x.double().square().sum() / noise))
+QUIET = torch.arange(FEATURES) % OUTLIER_EVERY != 0
+"""The features that are no outliers: over them one sees what the noise of the outliers does to the rest."""
 
 
-def quiet_sqnr_db(codec: codecs.Codec, x: torch.Tensor) -> float:
-    """The same over the features that are no outliers: what the noise of the outliers does to the rest."""
+def sqnr_db(codec: codecs.Codec, x: torch.Tensor, counted: torch.Tensor | slice = slice(None)) -> float:
+    """Signal to quantization noise ratio of one encode and decode, in dB, over the ``counted`` features."""
     decoded = codec.decode(codec.encode(x), x.shape[1], torch.float32)
-    quiet = torch.arange(x.shape[1]) % OUTLIER_EVERY != 0
-    noise = (decoded.double() - x.double())[:, quiet].square().sum()
-    return float(10 * torch.log10(x[:, quiet].double().square().sum() / noise))
+    signal, noise = x.double()[:, counted], (decoded.double() - x.double())[:, counted]
+    return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
 
 
 def table() -> str:
@@ -52,9 +48,9 @@ def table() -> str:
         figures = [
             sqnr_db(codec, gaussian),
             sqnr_db(codec, outliers),
-            quiet_sqnr_db(codec, outliers),
+            sqnr_db(codec, outliers, QUIET),
             sqnr_db(rotated, outliers),
-            quiet_sqnr_db(rotated, outliers),
+            sqnr_db(rotated, outliers, QUIET),
         ]
         cells = " | ".join(f"{figure:.1f}" for figure in figures)
         lines.append(f"| {name} | {codec.bits_per_value(FEATURES):.3f} | {cells} |")

@@ -78,8 +78,9 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
     minimum = None
     if isinstance(scale, PowerOfTwoScale):
         code = _choose_exponent(format, values, amax, per_block)
+        code = torch.where(finite, code, scale.nan_code)
         inverse = scale.reciprocal(code)
-        _store_exponents(scale, torch.where(finite, code, scale.nan_code), fields.scales)
+        _store_exponents(scale, code, fields.scales)
     else:
         # What a rounded-up scale decodes to must stay finite, and so must an asymmetric block's span.
         limit = LARGEST_MAGNITUDE / 2 if format.asymmetric else LARGEST_MAGNITUDE

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megacomp import codecs
-from megacomp.codecs.codec import DTYPES
 from megacomp.collectives import Route
 from megacomp.config import ConfigError, Layers
 from megacomp.kernels.compiled import compiler_problem
@@ -112,7 +111,7 @@ class Policy:
             return Decline.SINGLE_RANK
         if grad_enabled:
             return Decline.GRAD_ENABLED
-        if dtype not in DTYPES:
+        if dtype not in codecs.DTYPES:
             return Decline.DTYPE if dtype.is_floating_point else Decline.NOT_FLOATING
         if collective not in self._communication.collectives:
             return Decline.COLLECTIVE

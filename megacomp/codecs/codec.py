@@ -9,7 +9,7 @@ import torch
 
 from megacomp.kernels import BlockFormat, decode_sum, encode
 
-__all__ = ["Codec"]
+__all__ = ["DTYPES", "Codec"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes a codec takes and returns."""

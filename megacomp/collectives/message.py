@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from megacomp.codecs import DTYPES
 
 
 class Peers(NamedTuple):

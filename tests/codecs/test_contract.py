@@ -89,6 +89,10 @@ def test_nan_and_inf_are_never_hidden_and_never_spread(spec, poison):
     assert decoded[1, start : start + block].isnan().all()
     decoded[1, start : start + block] = 0
     assert decoded.isfinite().all()
+    zeroed = x.clone()
+    zeroed[1, start : start + block] = 0
+    planes = [codec.format.fields(codec.encode(tensor), 512).planes for tensor in (x, zeroed)]
+    assert all(torch.equal(poisoned, zero) for poisoned, zero in zip(*planes, strict=True))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
