@@ -6,8 +6,10 @@ Imports torch and triton only, needs no GPU to import, and knows neither models 
 from megacomp.kernels.backend import BACKENDS
 from megacomp.kernels.block_format import BlockFormat
 from megacomp.kernels.decode_sum import decode_sum
+from megacomp.kernels.decode_sum_encode import decode_sum_encode, sums_rows
 from megacomp.kernels.elements import ELEMENTS, IntElement
 from megacomp.kernels.encode import encode
+from megacomp.kernels.reduce_norm import add_norm, reduce_norm
 from megacomp.kernels.scales import SCALES, PowerOfTwoScale
 
 __all__ = [
@@ -17,6 +19,10 @@ __all__ = [
     "BlockFormat",
     "IntElement",
     "PowerOfTwoScale",
+    "add_norm",
     "decode_sum",
+    "decode_sum_encode",
     "encode",
+    "reduce_norm",
+    "sums_rows",
 ]

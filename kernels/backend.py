@@ -2,30 +2,66 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
+from megacomp.kernels.block_format import BlockFormat
 from megacomp.kernels.compiled import compiler_problem
+from megacomp.kernels.launch_config import device_problem, launch_problem
 
-__all__ = ["BACKENDS", "resolve_backend"]
+__all__ = ["BACKENDS", "backend_problem", "resolve_backend"]
 
-BACKENDS = ("auto", "reference", "compiled")
+logger = logging.getLogger("megacomp")
+
+BACKENDS = ("auto", "reference", "compiled", "triton")
 """``reference``: the PyTorch definition, eagerly, on any device. ``compiled``: torch.compile of it, on the CPU.
-``auto``: the fastest that works where the tensor lives."""
+``triton``: the Triton kernels, on CUDA, or interpreted. ``auto``: the fastest that works where the tensor lives."""
 
 
-def resolve_backend(backend: str, device: torch.device, rows: int) -> str:
-    """The backend that runs a message of ``rows`` rows on ``device``: ``"reference"`` or ``"compiled"``.
+def backend_problem(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on ``device``; None if it can."""
+    if backend == "compiled":
+        return compiler_problem()
+    if backend == "triton":
+        return device_problem(device)
+    return None
 
-    Single rows run the definition itself: one row cannot share a compiled function with many.
+
+def resolve_backend(
+    backend: str, operation: str, format: BlockFormat, features: int, rows: int, device: torch.device
+) -> str:
+    """The backend that runs a message: ``"reference"``, ``"compiled"`` or ``"triton"``.
+
+    Single rows run the definition itself where they would be compiled: one row cannot share a compiled function with
+    many. So do, whatever was asked for, tensors that are not on the CPU instead of ``compiled``, and hidden sizes that
+    the Triton kernels do not take (logged once) instead of ``triton``: the bits are the same.
+
+    Args:
+        backend: one of ``BACKENDS``.
+        operation: ``"encode"``, ``"decode_sum"``, ``"decode_sum_encode"`` or ``"reduce_norm"``.
+        format: the block format; of the wire that is written, for decode_sum_encode.
+        features, rows: of the message.
+        device: where its tensors live.
 
     Raises:
-        RuntimeError: ``compiled`` was asked for and there is no compiler.
+        RuntimeError: the one backend that was asked for cannot run on ``device``.
     """
-    if backend == "reference" or device.type != "cpu" or rows < 2:
+    if backend == "auto":
+        backend = {"cpu": "compiled", "cuda": "triton"}.get(device.type, "reference")
+        if backend_problem(backend, device) is not None:
+            backend = "reference"
+    elif (problem := backend_problem(backend, device)) is not None:
+        raise RuntimeError(f'backend "{backend}": {problem}')
+    if backend == "compiled" and (device.type != "cpu" or rows < 2):
         return "reference"
-    problem = compiler_problem()
-    if problem is None:
-        return "compiled"
-    if backend == "compiled":
-        raise RuntimeError(f'backend "compiled": {problem}')
-    return "reference"
+    if backend == "triton" and (problem := launch_problem(operation, format, features, device)) is not None:
+        _log_once(problem)
+        return "reference"
+    return backend
+
+
+@functools.cache
+def _log_once(problem: str) -> None:
+    logger.warning("no Triton kernel, the definition runs instead: %s", problem)

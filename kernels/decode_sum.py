@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import triton
+import triton.language as tl
 
 from megacomp.kernels.backend import resolve_backend
-from megacomp.kernels.block_format import BlockFormat, WireFields
+from megacomp.kernels.block_format import BlockFormat, WireFields, WireLayout
 from megacomp.kernels.compiled import run_compiled
-from megacomp.kernels.packing import pieces_per_block, unpack
-from megacomp.kernels.rotation import hadamard
-from megacomp.kernels.scales import PowerOfTwoScale, RealScale
+from megacomp.kernels.elements import dequantize_codes
+from megacomp.kernels.launch_config import launch_config, on_device_of
+from megacomp.kernels.packing import pieces_per_block, unpack, unpack_codes
+from megacomp.kernels.rotation import hadamard, rotate_pieces
+from megacomp.kernels.scales import PowerOfTwoScale, RealScale, exponent_value, scale_value
+from megacomp.kernels.tiles import load_bytes, locate, store_pieces
 
-__all__ = ["decode_sum", "decode_sum_definition"]
+__all__ = ["decode_sum", "decode_sum_definition", "decode_sum_tile"]
 
 
 def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, backend: str) -> None:
@@ -29,6 +34,10 @@ def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, back
     rows, features = out.shape
     if rows == 0:
         return
+    resolved = resolve_backend(backend, "decode_sum", format, features, rows, out.device)
+    if resolved == "triton":
+        _decode_sum_triton(format, wires, out)
+        return
     peers = [_readable(format, format.fields(wire, features)) for wire in wires]
     padded = format.padded_features(features)
     direct = padded == features and out.is_contiguous()
@@ -36,7 +45,7 @@ def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, back
     # A rotation needs whole rows; otherwise every piece of the blocks is written by itself.
     count = 1 if format.rotation else pieces_per_block(format.element.bits)
     pieces = [*target.view(rows, -1, count, format.block_size // count).unbind(2)]
-    if resolve_backend(backend, out.device, rows) == "compiled":
+    if resolved == "compiled":
         run_compiled(decode_sum_definition, format, features, peers, pieces)
     else:
         decode_sum_definition(format, peers, pieces)
@@ -95,3 +104,119 @@ def _decode(format: BlockFormat, fields: WireFields, rows: int, blocks: int) -> 
     assert isinstance(format.scale, RealScale)
     minimums = format.scale.value(fields.minimums).unsqueeze(-1)
     return [piece * scales + minimums for piece in codes]
+
+
+def _decode_sum_triton(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor) -> None:
+    rows, features = out.shape
+    target = out if out.stride(1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+    layout = format.layout(features)
+    wires = dense_wires(wires, layout)
+    with on_device_of(out):
+        launch = launch_config("decode_sum", format, layout, rows, out.dtype)
+        _decode_sum_kernel[(launch.tile.programs(layout, rows),)](
+            wires, target, rows, wires.stride(0) // 8, target.stride(0), len(wires),
+            format, layout, launch.tile, **launch.options,
+        )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def dense_wires(wires: torch.Tensor, layout: WireLayout) -> torch.Tensor:
+    """``wires``, or a copy where rows lie further apart than they are long (no collective has such)."""
+    return wires if wires.shape[1] == 1 or wires.stride(1) == layout.row_bytes else wires.contiguous()
+
+
+@triton.jit
+def _decode_sum_kernel(
+    wires, out, rows, peer_words, out_stride,
+    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row, index, exists = locate(rows, layout, tile)
+    pieces = decode_sum_tile(wires, peer_words, row, index, exists, peers, format, layout, tile)
+    store_pieces(out, pieces, row, index, exists, out_stride, format.block_size, layout, tile)
+
+
+@triton.jit
+def decode_sum_tile(
+    wires, peer_words, row, index, exists,
+    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """Twin of ``decode_sum_definition``, for one tile (see tiles.py): float32 pieces, not rounded yet.
+
+    Args:
+        wires: uint8 ``[peers, rows, row_bytes]``, rows contiguous, wires ``peer_words`` times 8 bytes apart.
+        row, index, exists: the blocks, from ``locate``.
+    """
+    wires = tl.multiple_of(wires, 8)
+    totals = ()
+    for peer in tl.static_range(peers):
+        # A 64-bit product: the wires of a message may exceed 2 GiB.
+        wire = wires + tl.full((), peer, tl.int64) * peer_words * 8 + row * layout.row_bytes
+        totals = _add_decoded(totals, wire, index, exists, format, layout, tile)
+    if format.rotation:
+        totals = rotate_pieces(totals, format.rotation)
+    return totals
+
+
+@triton.jit
+def _add_decoded(totals, wire, index, exists, format: tl.constexpr, layout: tl.constexpr, tile: tl.constexpr):
+    """Twin of ``_decode``, added to ``totals`` (none before the first peer)."""
+    element: tl.constexpr = format.element
+    count: tl.constexpr = format.block_size // tile.piece
+    planes = ()
+    for plane in tl.static_range(len(element.planes)):
+        source = wire + layout.planes[plane] + index * (format.block_size * element.planes[plane] // 8)
+        planes = planes + (
+            load_bytes(source, count * element.planes[plane] // 8, tile.piece, exists, layout.access_bytes),
+        )
+    if format.scale.power_of_two:
+        scale = exponent_value(_load_exponents(wire, index, exists, format.scale, layout), format.scale)
+    else:
+        scale = scale_value(_load_scales(wire + layout.scales[0], index, exists, format.scale), format.scale)
+        if format.scale.row_relative:
+            scale = scale * tl.load((wire + layout.row_scale).to(tl.pointer_type(tl.float32)), exists, 0.0)
+    minimum = scale
+    if format.asymmetric:
+        minimum = scale_value(_load_scales(wire + layout.minimums, index, exists, format.scale), format.scale)
+    sums = ()
+    for piece in tl.static_range(count):
+        codes = unpack_codes(planes, piece, count, element.planes, element.plane_shifts)
+        if format.asymmetric:
+            # The bits of 2**23 + code: no conversion instruction.
+            steps = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+            value = steps * scale[:, None] + minimum[:, None]
+            sums = sums + (value if len(totals) == 0 else totals[piece] + value,)
+        elif len(totals) == 0:
+            sums = sums + (dequantize_codes(codes, element) * scale[:, None],)
+        elif format.scale.row_relative:
+            sums = sums + (totals[piece] + dequantize_codes(codes, element) * scale[:, None],)
+        else:
+            # A few bits times a scale of a few bits is exact: fused with the addition it rounds no differently.
+            sums = sums + (tl.fma(dequantize_codes(codes, element), scale[:, None], totals[piece]),)
+    return sums
+
+
+@triton.jit
+def _load_scales(source, index, exists, scale: tl.constexpr):
+    """int32 bits of floating-point scales."""
+    if scale.bits == 16:
+        source = source.to(tl.pointer_type(tl.int16))
+    return tl.load(source + index, exists, 0).to(tl.int32)
+
+
+@triton.jit
+def _load_exponents(wire, index, exists, scale: tl.constexpr, layout: tl.constexpr):
+    """int32 exponent codes."""
+    code = tl.zeros(index.shape, tl.int32)
+    for plane in tl.static_range(len(scale.planes)):
+        field = _load_field(wire + layout.scales[plane], index, exists, layout.stored_scales, scale.planes[plane])
+        code = code | (field << scale.plane_shifts[plane])
+    return code
+
+
+@triton.jit
+def _load_field(plane, index, exists, count: tl.constexpr, width: tl.constexpr):
+    """Field ``index`` of ``count`` in a packed plane."""
+    length: tl.constexpr = count * width // 8
+    byte = tl.load(plane + index % length, exists, 0).to(tl.int32)
+    return (byte >> (index // length * width)) & (2**width - 1)

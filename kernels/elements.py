@@ -10,10 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["ELEMENTS", "FloatElement", "IntElement"]
+from megacomp.kernels.packing import plane_shifts, plane_widths
+
+__all__ = ["ELEMENTS", "FloatElement", "IntElement", "dequantize_codes", "quantize_codes", "round_to_element"]
+
+ROUNDING = tl.constexpr(1.5 * 2.0**23)
+"""Added to a float32 of magnitude below 2**22, rounds it to an integer, ties to even, which the lowest bits of the
+sum then hold in two's complement."""
+
+ROUNDING_BITS = tl.constexpr(0x4B400000)
+"""The bits of ROUNDING."""
 
 
 def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -35,6 +47,8 @@ class FloatElement:
     mantissa_bits: int
     native: torch.dtype | None = None
 
+    integer: ClassVar[bool] = False
+
     @property
     def name(self) -> str:
         return f"fp{self.bits}_e{self.exponent_bits}m{self.mantissa_bits}"
@@ -47,6 +61,16 @@ class FloatElement:
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number (and of the subnormals): 1 - bias."""
         return 2 - 2 ** (self.exponent_bits - 1)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths of the planes its codes are packed in."""
+        return plane_widths(self.bits)
+
+    @property
+    def plane_shifts(self) -> tuple[int, ...]:
+        """The lowest bit of each plane."""
+        return plane_shifts(self.bits)
 
     @property
     def max_exponent(self) -> int:
@@ -68,19 +92,26 @@ class FloatElement:
         return 2.0 ** (self.max_exponent - self.mantissa_bits)
 
     @property
-    def _sign_code(self) -> float:
-        return 2.0 ** (self.bits - 1)
+    def zero_code(self) -> float:
+        """The code of zero."""
+        return 0.0
 
-    def _binades(self) -> list[tuple[float, float]]:
+    @property
+    def sign_code(self) -> int:
+        """The bit of a code that tells negative values."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def binades(self) -> tuple[tuple[float, float], ...]:
         """(step, first code) of each straight piece of the value-against-code curve.
 
         Subnormals share the first piece with the first normal binade.
         """
         first = self.min_exponent - self.mantissa_bits
-        return [
+        return tuple(
             (2.0 ** (first + binade), float(binade << self.mantissa_bits))
             for binade in range(max(1, 2**self.exponent_bits - 1))
-        ]
+        )
 
     def quantize(self, y: torch.Tensor) -> torch.Tensor:
         """Codes of ``y`` (float32, any shape), rounded to nearest, ties to even, saturating.
@@ -95,20 +126,20 @@ class FloatElement:
             # piece rounded by itself rounds exactly where its binade does.
             code = reduce(
                 torch.minimum,
-                (torch.round(_times(magnitude, 1 / step)) + first for step, first in self._binades()),
+                (torch.round(_times(magnitude, 1 / step)) + first for step, first in self.binades),
             )
-        return code + torch.where(y < 0, self._sign_code, 0.0)
+        return code + torch.where(y < 0, float(self.sign_code), 0.0)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Values (float32) of ``codes``; exact."""
         if self.native is not None:
             return codes.to(torch.uint8).view(self.native).to(torch.float32)
-        negative = codes >= self._sign_code
-        code = torch.where(negative, codes - self._sign_code, codes)
+        negative = codes >= self.sign_code
+        code = torch.where(negative, codes - self.sign_code, codes)
         # The inverse curve is convex: the greatest of its pieces.
         magnitude = reduce(
             torch.maximum,
-            (_times(code - first if first else code, step) for step, first in self._binades()),
+            (_times(code - first if first else code, step) for step, first in self.binades),
         )
         return torch.where(negative, -magnitude, magnitude)
 
@@ -128,9 +159,21 @@ class IntElement:
     fraction_bits: int = 0
     symmetric_range: bool = False
 
+    integer: ClassVar[bool] = True
+
     @property
     def name(self) -> str:
         return f"int{self.bits}"
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths of the planes its codes are packed in."""
+        return plane_widths(self.bits)
+
+    @property
+    def plane_shifts(self) -> tuple[int, ...]:
+        """The lowest bit of each plane."""
+        return plane_shifts(self.bits)
 
     @property
     def max_exponent(self) -> int:
@@ -151,6 +194,11 @@ class IntElement:
     def zero_code(self) -> float:
         """The code of zero."""
         return 2.0 ** (self.bits - 1)
+
+    @property
+    def min_value(self) -> float:
+        """The least value that is used."""
+        return -self.max_value if self.symmetric_range else -self.zero_code * self.top_step
 
     def quantize(self, y: torch.Tensor) -> torch.Tensor:
         """Codes of ``y`` (float32, any shape), rounded to nearest, ties to even, saturating."""
@@ -178,3 +226,85 @@ _MICROSCALED: tuple[FloatElement | IntElement, ...] = (
 
 ELEMENTS = {element.name: element for element in _MICROSCALED}
 """The elements of microscaled blocks by name: ``fp4_e2m1``, ``int8``..."""
+
+
+@triton.jit
+def quantize_codes(y, element: tl.constexpr):
+    """Twin of ``quantize``: int32 codes of float32 ``y``, plus ROUNDING_BITS.
+
+    The surplus is left in: it costs an instruction per value to take out here, and one per word behind the packing.
+    A NaN takes any code.
+    """
+    if element.integer:
+        code = _clamped_integer(y, element) + (ROUNDING + element.zero_code)
+        return code.to(tl.int32, bitcast=True)
+    else:
+        sign = tl.where(y < 0, element.sign_code, 0)
+        return _magnitude_code(tl.minimum(tl.abs(y), element.max_value), element) + sign
+
+
+@triton.jit
+def _clamped_integer(y, element: tl.constexpr):
+    """``y`` in steps, within the element's range, not rounded yet: that changes neither end."""
+    if element.top_step != 1.0:
+        y = y * (1.0 / element.top_step)
+    return tl.minimum(tl.maximum(y, element.min_value / element.top_step), element.max_value / element.top_step)
+
+
+@triton.jit
+def _magnitude_code(magnitude, element: tl.constexpr):
+    """int32 code of a minifloat without sign, plus ROUNDING_BITS."""
+    if len(element.binades) <= 3:
+        code = _straight_piece(magnitude, element.binades[0][0], element.binades[0][1])
+        for binade in tl.static_range(1, len(element.binades)):
+            code = tl.minimum(code, _straight_piece(magnitude, element.binades[binade][0], element.binades[binade][1]))
+        return code.to(tl.int32, bitcast=True)
+    else:
+        # Many binades: normal numbers round in the bits of the float32, subnormals by addition.
+        dropped: tl.constexpr = 23 - element.mantissa_bits
+        offset: tl.constexpr = (126 + element.min_exponent) << element.mantissa_bits
+        bits = magnitude.to(tl.int32, bitcast=True)
+        odd = (bits >> dropped) & 1
+        normal = ((bits + odd + (2 ** (dropped - 1) - 1)) >> dropped) + (ROUNDING_BITS - offset)
+        subnormal = _straight_piece(magnitude, element.binades[0][0], 0).to(tl.int32, bitcast=True)
+        return tl.where(magnitude >= 2.0**element.min_exponent, normal, subnormal)
+
+
+@triton.jit
+def _straight_piece(magnitude, step: tl.constexpr, first: tl.constexpr):
+    """``round(magnitude / step) + first + ROUNDING``."""
+    # Multiplying by a power of two is exact, so fusing it with the addition rounds no differently; nor does adding
+    # an even number before rounding, whereas an odd one would turn ties to odd.
+    if first % 2 == 0:
+        return tl.fma(magnitude, 1.0 / step, ROUNDING + first)
+    else:
+        return tl.fma(magnitude, 1.0 / step, ROUNDING) + first
+
+
+@triton.jit
+def dequantize_codes(codes, element: tl.constexpr):
+    """Twin of ``dequantize``: float32 values of int32 codes, exact."""
+    if element.integer:
+        # The bits of 2**23 + code: no conversion instruction.
+        value = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + element.zero_code)
+        if element.top_step != 1.0:
+            value = value * element.top_step
+        return value
+    else:
+        # Exponent and mantissa in the place of a float32's: to the top, then down while the sign stays, and away with
+        # its copies. The difference of the biases is a product, exact for subnormals too.
+        bits = (codes << (32 - element.bits)) >> (8 - element.exponent_bits)
+        bits = bits & (-(2**31) | (element.sign_code - 1) << (23 - element.mantissa_bits))
+        return bits.to(tl.float32, bitcast=True) * 2.0 ** (126 + element.min_exponent)
+
+
+@triton.jit
+def round_to_element(y, element: tl.constexpr):
+    """Twin of ``dequantize(quantize(y))``, whatever the sign of a zero."""
+    if element.integer:
+        y = (_clamped_integer(y, element) + ROUNDING) - ROUNDING
+        if element.top_step != 1.0:
+            y = y * element.top_step
+        return y
+    else:
+        return dequantize_codes(quantize_codes(y, element) - ROUNDING_BITS, element)

@@ -10,13 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["pack", "plane_widths", "unpack"]
+__all__ = ["pack", "pack_codes", "pieces_per_block", "plane_shifts", "plane_widths", "unpack", "unpack_codes"]
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
     """Widths of the planes of a ``bits``-wide code, lowest bits first: 6 -> (4, 2)."""
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def plane_shifts(bits: int) -> tuple[int, ...]:
+    """The lowest bit of each plane of a ``bits``-wide code: 6 -> (0, 4)."""
+    widths = plane_widths(bits)
+    return tuple(sum(widths[:plane]) for plane in range(len(widths)))
 
 
 def pieces_per_block(bits: int) -> int:
@@ -90,3 +98,59 @@ def unpack(planes: Sequence[torch.Tensor], bits: int) -> list[torch.Tensor]:
         assert code is not None
         codes.append(code.to(torch.float32))
     return codes
+
+
+@triton.jit
+def pack_codes(pieces, surplus: tl.constexpr, shift: tl.constexpr, width: tl.constexpr, whole: tl.constexpr):
+    """Twin of ``pack`` for one plane: the bytes of bits ``shift`` to ``shift + width`` of the codes.
+
+    Args:
+        pieces: the tuple of equal contiguous pieces of every block's codes, int32 ``[blocks, length]``, as many as
+            divides by ``8 / width``.
+        surplus: what was added to every code; shifted, it may leave the 32 bits: all is modulo 2**32.
+        whole: the plane holds the whole code.
+
+    Returns:
+        The tuple of the pieces of the plane's bytes, int32 ``[blocks, length]``. With ``whole``, the shifted surpluses
+        of all codes in a byte are still in it.
+    """
+    parts: tl.constexpr = len(pieces) * width // 8
+    packed = ()
+    for part in tl.static_range(parts):
+        byte = _field(pieces[part], surplus, shift, width, whole)
+        for slot in tl.static_range(1, 8 // width):
+            byte += _field(pieces[slot * parts + part], surplus, shift, width, whole) << (slot * width)
+        packed = packed + (byte,)
+    return packed
+
+
+@triton.jit
+def _field(code, surplus: tl.constexpr, shift: tl.constexpr, width: tl.constexpr, whole: tl.constexpr):
+    if whole:
+        return code
+    else:
+        return ((code - surplus) >> shift) & (2**width - 1)
+
+
+@triton.jit
+def unpack_codes(planes, piece: tl.constexpr, pieces: tl.constexpr, widths: tl.constexpr, shifts: tl.constexpr):
+    """Twin of ``unpack`` for one piece of ``pieces``: its codes, int32 ``[blocks, length]``.
+
+    Args:
+        planes: for each plane the tuple of the pieces of its bytes, uint8 ``[blocks, length]``.
+        widths, shifts: of the planes.
+    """
+    code = tl.zeros(planes[0][0].shape, tl.int32)
+    for plane in tl.static_range(len(widths)):
+        code = code | (_unpack_field(planes[plane], piece, pieces, widths[plane]) << shifts[plane])
+    return code
+
+
+@triton.jit
+def _unpack_field(plane, piece: tl.constexpr, pieces: tl.constexpr, width: tl.constexpr):
+    parts: tl.constexpr = pieces * width // 8
+    slot: tl.constexpr = piece // parts
+    field = plane[piece % parts].to(tl.int32) >> (slot * width)
+    if slot < 8 // width - 1:
+        field = field & (2**width - 1)
+    return field

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
-__all__ = ["hadamard"]
+__all__ = ["hadamard", "rotate_pieces"]
 
 
 LANES = 16
@@ -49,3 +51,49 @@ def _butterflies(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
                 parts[first], parts[second] = parts[first] + parts[second], parts[first] - parts[second]
         stride //= 2
     return parts
+
+
+@triton.constexpr_function
+def _log2(size: int) -> int:
+    return size.bit_length() - 1
+
+
+@triton.jit
+def rotate_pieces(pieces, size: tl.constexpr):
+    """Twin of ``hadamard``, over pieces (see tiles.py): the tuple of float32 ``[blocks, length]``, rotated."""
+    for stage in tl.static_range(_log2(size)):
+        pieces = _butterfly_stage(pieces, size >> (stage + 1))
+    scaled = ()
+    for piece in tl.static_range(len(pieces)):
+        scaled = scaled + (pieces[piece] * size**-0.5,)
+    return scaled
+
+
+@triton.jit
+def _butterfly_stage(pieces, stride: tl.constexpr):
+    """Strides of whole blocks reach into other threads, those of whole pieces other tensors, the rest registers."""
+    length: tl.constexpr = pieces[0].shape[1]
+    block: tl.constexpr = len(pieces) * length
+    apart: tl.constexpr = stride // length if stride < block else 0
+    rotated = ()
+    for piece in tl.static_range(len(pieces)):
+        if stride >= block:
+            rotated = rotated + (_butterfly(pieces[piece], stride // block * length),)
+        elif stride < length:
+            rotated = rotated + (_butterfly(pieces[piece], stride),)
+        elif (apart & piece) != 0:
+            rotated = rotated + (pieces[piece - apart] - pieces[piece],)
+        else:
+            rotated = rotated + (pieces[piece] + pieces[piece + apart],)
+    return rotated
+
+
+@triton.jit
+def _butterfly(x, stride: tl.constexpr):
+    """Sums and differences of the values ``stride`` apart in the flattened ``x``."""
+    pairs = tl.reshape(x, (x.numel // (2 * stride), 2, stride))
+    bits = pairs.to(tl.int32, bitcast=True)
+    # The other of two values, from the sum of their bits: a sum along an axis costs one exchange, and no copy.
+    other = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
+    sign = 1.0 - 2.0 * tl.arange(0, 2)
+    return tl.reshape(tl.fma(pairs, tl.reshape(sign, (1, 2, 1)), other), x.shape)

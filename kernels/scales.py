@@ -13,12 +13,17 @@ Three kinds:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import triton
+import triton.language as tl
+
+from megacomp.kernels.packing import plane_shifts, plane_widths
 
 __all__ = ["SCALES", "PowerOfTwoScale", "RealScale"]
 
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 """Scales below this cannot be inverted in float32; their blocks become zero."""
 
 
@@ -29,6 +34,18 @@ class PowerOfTwoScale:
     name: str
     bits: int
     bias: int
+    power_of_two: ClassVar[bool] = True
+    row_relative: ClassVar[bool] = False
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths of the planes its codes are packed in."""
+        return plane_widths(self.bits)
+
+    @property
+    def plane_shifts(self) -> tuple[int, ...]:
+        """The lowest bit of each plane."""
+        return plane_shifts(self.bits)
 
     @property
     def nan_code(self) -> int:
@@ -59,6 +76,7 @@ class RealScale:
     name: str
     dtype: torch.dtype
     row_relative: bool = False
+    power_of_two: ClassVar[bool] = False
 
     @property
     def bits(self) -> int:
@@ -116,4 +134,63 @@ def floor_log2(magnitude: torch.Tensor) -> torch.Tensor:
 
 def safe_reciprocal(scale: torch.Tensor) -> torch.Tensor:
     """float32 ``1 / scale``; 0 where the scale is zero, subnormal or NaN."""
-    return torch.where(scale.abs() >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
+    return torch.where(scale.abs() >= SMALLEST_NORMAL.value, 1.0 / scale, 0.0)
+
+
+@triton.jit
+def exponent_code(exponent, scale: tl.constexpr):
+    """Twin of ``PowerOfTwoScale.code_of_exponent``."""
+    return tl.minimum(tl.maximum(exponent + scale.bias, 0), scale.nan_code - 1)
+
+
+@triton.jit
+def exponent_value(code, scale: tl.constexpr):
+    """Twin of ``PowerOfTwoScale.value``."""
+    bits = tl.maximum((code + (127 - scale.bias)) << 23, 0x00400000)
+    return tl.where(code == scale.nan_code, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_reciprocal(code, scale: tl.constexpr):
+    """Twin of ``PowerOfTwoScale.reciprocal``."""
+    bits = tl.maximum(((127 + scale.bias) - code) << 23, 0x00400000)
+    return tl.where(code == scale.nan_code, 0, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_scale(value, scale: tl.constexpr):
+    """Twin of ``RealScale.round``: int32 bits."""
+    value = tl.minimum(tl.maximum(value, -scale.max_value), scale.max_value)
+    bits = value.to(tl.int32, bitcast=True)
+    if scale.name == "fp16":
+        magnitude = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    elif scale.name == "bf16":
+        bits = bits & 0x7FFFFFFF
+        magnitude = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+    else:
+        # In the bits of the float32 (casts to FP8 need sm_89): normal numbers lose 20 bits of mantissa and the
+        # difference of the biases, subnormals round by addition.
+        bits = bits & 0x7FFFFFFF
+        normal = ((bits + ((bits >> 20) & 1) + 0x7FFFF) >> 20) - ((127 - 7) << 3)
+        subnormal = tl.fma(tl.abs(value), 2.0**9, 1.5 * 2.0**23).to(tl.int32, bitcast=True) - 0x4B400000
+        magnitude = tl.where(tl.abs(value) >= 2.0**-6, normal, subnormal)
+    return tl.where((value < 0) & (magnitude != 0), magnitude | 1 << (scale.bits - 1), magnitude)
+
+
+@triton.jit
+def scale_value(bits, scale: tl.constexpr):
+    """Twin of ``RealScale.value``: float32 of int32 bits whose upper part may hold anything."""
+    if scale.name == "fp16":
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif scale.name == "bf16":
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        magnitude = bits & 0x7F
+        value = ((magnitude << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 2.0**120
+        return tl.where(magnitude == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def reciprocal_or_zero(scale):
+    """Twin of ``safe_reciprocal``."""
+    return tl.where(tl.abs(scale) >= SMALLEST_NORMAL, tl.div_rn(1.0, scale), 0.0)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
-from megacomp import codecs
 from megacomp.collectives import Route
-from megacomp.launch import command, distributed, engines, environment, files
+from megacomp.kernels import launch_config as launching
+from megacomp.launch import command, distributed, engines, environment, files, kernel_bench
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.measure import measure
 
 _MIB = 2**20
+
+KERNEL_CODECS = ("mxfp4", "nvfp4", '{"preset": "int4", "rotation": 128}', "int8")
 
 app = typer.Typer(cls=command.RankedGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,8 +68,8 @@ def collective(
     """A compressed all_reduce against the plain one, in alternation, with what encoding and decoding take."""
     chunks = int(pipeline_chunks) if pipeline_chunks.isdigit() else pipeline_chunks
     try:
-        gather = _codec(gather_codec) if gather_codec is not None else None
-        route = Route(_codec(codec), gather, algorithm.value, chunks)  # type: ignore[arg-type]
+        gather = kernel_bench.codec_of(gather_codec) if gather_codec is not None else None
+        route = Route(kernel_bench.codec_of(codec), gather, algorithm.value, chunks)  # type: ignore[arg-type]
     except ValueError as error:
         raise LaunchError(str(error)) from None
     files.check_writable(json_file)
@@ -90,9 +94,78 @@ def collective(
         files.write_json(json_file, result)
 
 
-def _codec(spec: str) -> codecs.Codec:
-    """The codec of a preset's name or of a JSON object; ValueError if there is none."""
-    return codecs.get(json.loads(spec) if spec.startswith("{") else spec)
+@app.command("kernels", cls=command.RankedCommand)
+def kernels(
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="A codec: the name of a preset, or a JSON object. May be repeated. Default: four of them."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First find the best launch configurations for this GPU, and keep them.")
+    ] = False,
+    mebibytes: Annotated[
+        list[int] | None,
+        typer.Option("--mib", min=1, help="Size of a message, uncompressed. May be repeated. Default: 1, 16, 256."),
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Values per row: the hidden size.")] = 4096,
+    peers: Annotated[int, typer.Option(min=1, help="Wires that are decoded.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured repetitions.")] = 15,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the results to this file as well.")] = None,
+) -> None:
+    """encode, decode_sum and decode_sum_encode: on a GPU against copies, on a CPU against the uncompiled definition."""
+    specs = codec or list(KERNEL_CODECS)
+    try:
+        for spec in specs:
+            kernel_bench.codec_of(spec)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    files.check_writable(out)
+    on_gpu = torch.cuda.is_available()
+    if tune and not on_gpu:
+        raise LaunchError("--tune measures launch configurations on a CUDA GPU, and there is none here")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    sizes = mebibytes or ([1, 16, 256] if on_gpu else [16])
+    result: dict[str, Any] = {"environment": environment.describe(device), "tuning": [], "cases": []}
+    if on_gpu:
+        kernel_bench.warm_up(device)
+    with command.progress() as progress:
+        if tune:
+            groups = [cases for spec in specs for cases in kernel_bench.tuning_cases(spec, hidden, sizes)]
+            for cases in progress.track(groups, description="tuning"):
+                tuned = list(kernel_bench.tune(cases, device, repeats))
+                result["tuning"] += [report for _, report in tuned]
+                found = [measurement for measurement, _ in tuned if measurement is not None]
+                result["cache_file"] = str(launching.record(torch.cuda.get_device_name(device), found))
+        cases = [
+            kernel_bench.Case(operation, spec, count, kernel_bench.rows_of(size, hidden), hidden)
+            for spec in specs
+            for operation, count in (("encode", 1), ("decode_sum", peers), ("decode_sum_encode", peers))
+            for size in sizes
+        ]
+        for case in progress.track(cases, description="timing"):
+            if on_gpu:
+                result["cases"].append(kernel_bench.time_case(case, device, repeats))
+            else:
+                result["cases"].append(kernel_bench.time_case_on_cpu(case, repeats))
+    command.results().print(_kernel_table(result["cases"], on_gpu))
+    if tune:
+        command.results().print(f"launch configurations: {result['cache_file']}")
+    if out is not None:
+        files.write_json(out, result)
+
+
+def _kernel_table(cases: Sequence[dict[str, Any]], on_gpu: bool) -> Table:
+    shown = Table(title="times of one call; bytes read and written" + ("" if on_gpu else "; compiled definitions"))
+    shown.add_column("operation")
+    shown.add_column("codec")
+    figures = ("median_us", "gb_per_s", *(("percent_of_copy",) if on_gpu else ("times_reference",)))
+    for heading in ("MiB", "us", "GB/s", "% of a copy" if on_gpu else "times uncompiled"):
+        shown.add_column(heading, justify="right")
+    for case in cases:
+        wires = f" of {case['peers']}" if case["operation"] != "encode" else ""
+        cells = [case.get("error") or "" if case[figure] is None else f"{case[figure]:.1f}" for figure in figures]
+        shown.add_row(case["operation"] + wires, case["codec"], f"{case['message_bytes'] / _MIB:g}", *cells)
+    return shown
 
 
 def _table(result: dict[str, Any]) -> Table:

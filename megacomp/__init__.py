@@ -14,7 +14,7 @@ from megacomp.version import __version__
 if TYPE_CHECKING:
     from megacomp.agreement import AgreementError
     from megacomp.codecs import CodecError
-    from megacomp.collectives.functional import all_gather, all_reduce, reduce_scatter
+    from megacomp.collectives.functional import all_gather, all_reduce, all_reduce_norm, reduce_scatter
     from megacomp.config import Config, ConfigError
     from megacomp.installation import Installation, init_inference, install
     from megacomp.patches import MissingSymbolError, UnsupportedVersionError
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "all_gather",
     "all_reduce",
+    "all_reduce_norm",
     "init_inference",
     "install",
     "reduce_scatter",
@@ -48,6 +49,7 @@ _HOMES = {
     "UnsupportedVersionError": "megacomp.patches",
     "all_gather": "megacomp.collectives.functional",
     "all_reduce": "megacomp.collectives.functional",
+    "all_reduce_norm": "megacomp.collectives.functional",
     "init_inference": "megacomp.installation",
     "install": "megacomp.installation",
     "reduce_scatter": "megacomp.collectives.functional",

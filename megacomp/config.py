@@ -38,7 +38,7 @@ _EXAMPLE = '"megacomp": {"communication": {"codec": "mxfp4"}}'
 
 Module = Literal["attention", "mlp"]
 AlgorithmOrAuto = Literal["auto", Algorithm]
-Backend = Literal["auto", "reference", "compiled"]
+Backend = Literal["auto", "reference", "compiled", "triton"]
 
 
 class ConfigError(ValueError):
@@ -319,8 +319,8 @@ class Config(_Section):
 
     backend: Backend = "auto"
     """
-    What computes the codecs: "reference" (PyTorch), "compiled" (torch.compile), or "auto", the fastest there
-    is. All give the same bits.
+    What computes the codecs: "reference" (PyTorch), "compiled" (torch.compile, on the CPU), "triton" (on GPUs),
+    or "auto", the fastest there is. All give the same bits.
     """
 
     @model_validator(mode="after")

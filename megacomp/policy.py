@@ -12,7 +12,7 @@ import torch
 from megacomp import codecs
 from megacomp.collectives import Route
 from megacomp.config import ConfigError, Layers
-from megacomp.kernels.compiled import compiler_problem
+from megacomp.kernels.backend import backend_problem
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -78,8 +78,9 @@ class Policy:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError if this machine lacks what the backend of `config` needs."""
-        if config.backend == "compiled" and (problem := compiler_problem()):
-            raise ConfigError([("megacomp.backend", f'"compiled" is not possible here: {problem}')])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if problem := backend_problem(config.backend, device):
+            raise ConfigError([("megacomp.backend", f'"{config.backend}" is not possible here: {problem}')])
         self._communication = config.communication
         self._backend = config.backend
         rules = [self._communication.resolve(rule) for rule in self._communication.rules]

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before anything imports triton: its interpreter then runs the kernels, on the CPU. TRITON_INTERPRET=0 has them
+# compiled, where there is a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from rank_pool import RankPool
 
 

@@ -153,7 +153,7 @@ def test_layers_of_other_pipeline_stages_exist() -> None:
 
 
 def test_a_compiler_that_is_missing_is_an_error_before_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megacomp.policy.compiler_problem", lambda: "no C++ compiler")
+    monkeypatch.setattr("megacomp.kernels.backend.compiler_problem", lambda: "no C++ compiler")
     config, _ = load({"megacomp": {"backend": "compiled"}})
     with pytest.raises(ConfigError, match=r"megacomp\.backend: .*no C\+\+ compiler"):
         Policy(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megacomp.kernels import BlockFormat, decode_sum, encode
+from megacomp.kernels import BlockFormat, decode_sum, decode_sum_encode, encode
 
 __all__ = ["DTYPES", "Codec"]
 
@@ -23,17 +23,26 @@ class Codec:
     padded to 8 bytes), so any split of the rows is a slice of the wire. A block with a NaN or Inf decodes to NaN;
     zero blocks decode to zero; magnitudes beyond the format's range saturate.
 
+    Inside torch.compile the three operations are those of ``torch.ops.megacomp`` (operators.py): no graph breaks.
+
     Attributes:
         name: ``"mxfp4"``, ``"int4+rotation128"``...
         spec: the specification with every option explicit; JSON-serializable, accepted by ``get``.
         format: the numerics and the layout.
-        backend: ``"auto"``, ``"reference"`` or ``"compiled"``; all give the same bits.
+        backend: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``; all give the same bits.
+        key: specification and backend as canonical JSON, from which ``from_key`` makes this codec again, in
+            another process too.
     """
 
     name: str
     spec: Mapping[str, object] = field(hash=False)
     format: BlockFormat
     backend: str = "auto"
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        options = ",".join(f'"{name}":{_json(self.spec[name])}' for name in sorted(self.spec))
+        object.__setattr__(self, "key", f'{{"backend":"{self.backend}","spec":{{{options}}}}}')
 
     def __str__(self) -> str:
         return self.name
@@ -62,6 +71,11 @@ class Codec:
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(f"encode takes [rows, features] with at least one feature, not {list(x.shape)}")
         self._check_dtype(x.dtype)
+        if torch.compiler.is_compiling():
+            if out is None:
+                return torch.ops.megacomp.encode(x.detach(), self.key)
+            torch.ops.megacomp.encode_out(x.detach(), self.key, out)
+            return out
         shape = (x.shape[0], self.row_bytes(x.shape[1]))
         if out is None:
             out = torch.empty(shape, dtype=torch.uint8, device=x.device)
@@ -92,15 +106,59 @@ class Codec:
             ValueError: a shape or dtype other than these.
         """
         self._check_dtype(dtype)
-        if wires.dim() != 3 or wires.shape[0] == 0:
-            raise ValueError(f"decode_sum takes [peers, rows, row_bytes], not {list(wires.shape)}")
-        rows = wires.shape[1]
-        _check_wire("wires", wires, (wires.shape[0], rows, self.row_bytes(features)))
+        _check_peers(wires)
+        if out is not None and (tuple(out.shape) != (wires.shape[1], features) or out.dtype is not dtype):
+            raise ValueError(f"out must be {dtype} {[wires.shape[1], features]}, not {out.dtype} {list(out.shape)}")
+        if torch.compiler.is_compiling():
+            if out is None:
+                return torch.ops.megacomp.decode_sum(wires, self.key, features, dtype)
+            torch.ops.megacomp.decode_sum_out(wires, self.key, out)
+            return out
+        _check_wire("wires", wires, (*wires.shape[:2], self.row_bytes(features)))
         if out is None:
-            out = torch.empty(rows, features, dtype=dtype, device=wires.device)
-        elif tuple(out.shape) != (rows, features) or out.dtype is not dtype:
-            raise ValueError(f"out must be {dtype} {[rows, features]}, not {out.dtype} {list(out.shape)}")
+            out = torch.empty(wires.shape[1], features, dtype=dtype, device=wires.device)
         decode_sum(self.format, wires, out, self.backend)
+        return out
+
+    def decode_sum_encode(
+        self,
+        wires: torch.Tensor,
+        features: int,
+        gather_codec: Codec,
+        out: torch.Tensor | None = None,
+        *,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Decodes the wires of all peers, adds them in float32 in the order given, and encodes the sum.
+
+        The same bits as :meth:`decode_sum` into float32 and then ``gather_codec.encode``.
+
+        Args:
+            wires: uint8 ``[peers, rows, row_bytes]``, last dimension contiguous, at least one peer.
+            features: values per row.
+            gather_codec: the codec of the result; its backend plays no part.
+            out: where to write: uint8 ``[rows, gather_codec.row_bytes(features)]``, last dimension contiguous.
+            sums: a buffer to use where no kernel does it in one step; see ``megacomp.kernels.decode_sum_encode``.
+
+        Returns:
+            The sum's wire, uint8 ``[rows, gather_codec.row_bytes(features)]``.
+
+        Raises:
+            ValueError: a shape or dtype other than these.
+        """
+        _check_peers(wires)
+        if torch.compiler.is_compiling():
+            if out is None:
+                return torch.ops.megacomp.decode_sum_encode(wires, self.key, features, gather_codec.key)
+            torch.ops.megacomp.decode_sum_encode_out(wires, self.key, features, gather_codec.key, out)
+            return out
+        _check_wire("wires", wires, (*wires.shape[:2], self.row_bytes(features)))
+        shape = (wires.shape[1], gather_codec.row_bytes(features))
+        if out is None:
+            out = torch.empty(shape, dtype=torch.uint8, device=wires.device)
+        else:
+            _check_wire("out", out, shape)
+        decode_sum_encode(self.format, wires, gather_codec.format, features, out, self.backend, sums)
         return out
 
     def decode(
@@ -121,8 +179,22 @@ class Codec:
             raise ValueError(f"codec {self.name} takes {allowed}, not {str(dtype).removeprefix('torch.')}")
 
 
+def _check_peers(wires: torch.Tensor) -> None:
+    if wires.dim() != 3 or wires.shape[0] == 0:
+        raise ValueError(f"the wires of all peers are [peers, rows, row_bytes], not {list(wires.shape)}")
+
+
 def _check_wire(what: str, wire: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(wire.shape) != shape or wire.dtype is not torch.uint8:
         raise ValueError(f"{what} must be uint8 {list(shape)}, not {wire.dtype} {list(wire.shape)}")
     if wire.stride(-1) != 1 or any(stride % 8 for stride in wire.stride()[:-1]) or wire.data_ptr() % 8:
         raise ValueError(f"{what} must have contiguous rows that start at multiples of 8 bytes")
+
+
+def _json(value: object) -> str:
+    """JSON of one option; by hand, for torch.compile follows this and not the json module."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)

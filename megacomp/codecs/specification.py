@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from megacomp.codecs.codec import Codec
 from megacomp.kernels import BACKENDS, ELEMENTS, SCALES, BlockFormat, IntElement, PowerOfTwoScale
 
-__all__ = ["CodecError", "get", "presets"]
+__all__ = ["CodecError", "from_key", "get", "presets"]
 
 BLOCK_SIZES = {"mx": (8, 16, 32, 64, 128), "int": (16, 32, 64, 128)}
 ROTATIONS = (None, 32, 64, 128, 256)
@@ -90,16 +94,40 @@ def get(spec: str | Mapping[str, Any] | Codec, *, backend: str = "auto") -> Code
               "symmetric": true, "scale_search": false, "rotation": null}``: 2 to 8 bits, blocks of 16 to 128.
 
             ``rotation`` is the size of a Hadamard rotation, 32 to 256. A codec is returned with ``backend`` set.
-        backend: ``"auto"``, ``"reference"`` or ``"compiled"``.
+        backend: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``.
 
     Raises:
         CodecError: an unknown preset, option or value, or a combination that does not exist.
     """
     _check_choice("backend", backend, BACKENDS)
     if isinstance(spec, Codec):
-        return Codec(spec.name, spec.spec, spec.format, backend)
-    options = _complete(_expand(spec))
+        return spec if spec.backend == backend else Codec(spec.name, spec.spec, spec.format, backend)
+    # torch.compile follows the making of a codec, but into no cache.
+    if isinstance(spec, str) and not torch.compiler.is_compiling():
+        return _named(spec, backend)
+    return _make(_expand(spec), backend)
+
+
+@functools.lru_cache(maxsize=256)
+def _named(preset: str, backend: str) -> Codec:
+    """Made once: a tenth of a millisecond, where a message may be called for by its codec's name every time."""
+    return _make(_expand(preset), backend)
+
+
+def _make(options: dict[str, Any], backend: str) -> Codec:
+    options = _complete(options)
     return Codec(_name(options), options, _block_format(options), backend)
+
+
+@functools.lru_cache(maxsize=1024)
+def from_key(key: str) -> Codec:
+    """The codec whose ``key`` this is.
+
+    Raises:
+        CodecError: as ``get``; ValueError: no JSON of such an object.
+    """
+    read = json.loads(key)
+    return get(read["spec"], backend=read["backend"])
 
 
 def _expand(spec: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -194,8 +222,8 @@ def _name(options: dict[str, Any]) -> str:
     """A preset's name, plus ``+rotationN``; for other specifications the options that matter, joined by hyphens."""
     suffix = f"+rotation{options['rotation']}" if options["rotation"] else ""
     unrotated = {**options, "rotation": None}
-    for name, preset in PRESETS.items():
-        if _complete(dict(preset)) == unrotated:
+    for name, preset in _COMPLETE_PRESETS.items():
+        if preset == unrotated:
             return name + suffix
     kind = options["element"] if options["format"] == "mx" else f"int{options['bits']}"
     parts = [options["format"]] if options["format"] == "mx" else []
@@ -221,3 +249,6 @@ def _hint(value: object, choices: Sequence[Any] | Mapping[Any, Any] | range) -> 
     names = [choice for choice in choices if isinstance(choice, str)]
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_COMPLETE_PRESETS = {name: _complete(dict(preset)) for name, preset in PRESETS.items()}

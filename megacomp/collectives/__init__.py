@@ -1,10 +1,12 @@
 """Collectives whose bytes on the wire are a codec's, over any torch.distributed group.
 
-torch.compile runs them as they are, with a graph break: nothing in them is to be traced.
+Inside torch.compile they are operators of ``torch.ops.megacomp`` (operators.py): no graph breaks.
 """
 
+from megacomp.collectives import operators  # noqa: F401 -- registers torch.ops.megacomp
 from megacomp.collectives.all_gather import all_gather
 from megacomp.collectives.all_reduce import all_reduce
+from megacomp.collectives.all_reduce_norm import all_reduce_norm
 from megacomp.collectives.reduce_scatter import reduce_scatter
 from megacomp.collectives.route import Algorithm, Route, choose_algorithm, choose_chunks
 from megacomp.collectives.trace import Trace
@@ -18,6 +20,7 @@ __all__ = [
     "Traffic",
     "all_gather",
     "all_reduce",
+    "all_reduce_norm",
     "choose_algorithm",
     "choose_chunks",
     "payload_ratio",

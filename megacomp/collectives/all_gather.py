@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import GatherHop, cut
-from megacomp.collectives.message import as_matrix, check_tensor, peers_of
+from megacomp.collectives.hops import GatherHop, cut, into
+from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
 
 
-@torch.compiler.disable
 def all_gather(
     x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, *, trace: Trace | None = None
 ) -> torch.Tensor:
@@ -28,19 +27,26 @@ def all_gather(
     dimensions.
     """
     check_tensor(x, leading_dimensions=1)
+    if torch.compiler.is_compiling() and trace is None:
+        return torch.ops.megacomp.all_gather(x.detach(), route.key, dist.get_world_size(group), name_of(group))
+    return _all_gather(x, group, route, trace)
+
+
+@torch.compiler.disable  # where a trace is wanted: nothing in it is to be traced by a compiler
+def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, trace: Trace | None) -> torch.Tensor:
     peers = peers_of(group)
     if peers.world_size == 1:
         return x.clone(memory_format=torch.contiguous_format)
     result = x.new_empty((peers.world_size * x.shape[0], *x.shape[1:]))
     if x.numel() == 0:
         return result
-    rows = as_matrix(x)
-    outs = as_matrix(result).split(len(rows))
+    rows, out = as_matrix(x), as_matrix(result)
     pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
     hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
     for chunk, (piece, *_) in enumerate(pieces):
         hop.send(chunk, rows[piece.start : piece.stop])
     for chunk, (piece, *_) in enumerate(pieces):
-        hop.decode(chunk, [out[piece.start : piece.stop] for out in outs])
+        starts = range(piece.start, len(out), len(rows))
+        hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))
     hop.close()
     return result

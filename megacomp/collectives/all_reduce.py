@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives import workspace
-from megacomp.collectives.hops import GatherHop, ScatterHop, cut
-from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, peers_of
-from megacomp.collectives.partition import split
+from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into
+from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, name_of, peers_of
+from megacomp.collectives.partition import deal
 from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
 from megacomp.collectives.trace import Trace
 
 
-@torch.compiler.disable
 def all_reduce(
     x: torch.Tensor,
     group: dist.ProcessGroup | None,
@@ -41,18 +39,36 @@ def all_reduce(
     check_tensor(x)
     if out is not None:
         check_out(out, x)
+    if torch.compiler.is_compiling() and trace is None:
+        summed = torch.ops.megacomp.all_reduce(x.detach(), route.key, name_of(group))
+        return summed if out is None else out.copy_(summed)
+    return _all_reduce(x, group, route, out, trace)
+
+
+@torch.compiler.disable  # where a trace is wanted: nothing in it is to be traced by a compiler
+def _all_reduce(
+    x: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    route: Route,
+    out: torch.Tensor | None,
+    trace: Trace | None,
+) -> torch.Tensor:
     peers = peers_of(group)
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if peers.world_size == 1 or x.numel() == 0:
         return result.copy_(x.detach())
-    rows = as_matrix(x)
-    algorithm = choose_algorithm(route, peers.world_size, *rows.shape)
-    send = _one_shot if algorithm == "one_shot" else _two_shot
-    send(rows, as_matrix(result), peers, route, trace)
+    reduce_rows(as_matrix(x), into(as_matrix(result)), peers, route, trace)
     return result
 
 
-def _one_shot(x: torch.Tensor, result: torch.Tensor, peers: Peers, route: Route, trace: Trace | None) -> None:
+def reduce_rows(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
+    """Sum `x` [rows, features] over at least two ranks by the route's algorithm; `finish` gets every row once."""
+    algorithm = choose_algorithm(route, peers.world_size, *x.shape)
+    send = one_shot if algorithm == "one_shot" else two_shot
+    send(x, finish, peers, route, trace)
+
+
+def one_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
     """Everyone's wire to everyone (arXiv 2411.09510).
 
     1. Encode a chunk and send it to all peers; go on with the next while it travels.
@@ -64,32 +80,28 @@ def _one_shot(x: torch.Tensor, result: torch.Tensor, peers: Peers, route: Route,
     for chunk, (piece, *_) in enumerate(pieces):
         hop.send(chunk, x[piece.start : piece.stop])
     for chunk, (piece, *_) in enumerate(pieces):
-        hop.decode_sum(chunk, result[piece.start : piece.stop])
+        hop.finish_sum(chunk, piece, finish)
     hop.close()
 
 
-def _two_shot(x: torch.Tensor, result: torch.Tensor, peers: Peers, route: Route, trace: Trace | None) -> None:
+def two_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
     """Reduce-scatter, then all-gather of the encoded sums (Flash Communication, QuickReduce).
 
-    Rows are shared out among the ranks.
+    Rows are dealt out to the ranks.
     1. Encode each owner's rows and send them to it, chunk by chunk.
     2. As the chunks of all peers arrive, decode and sum the own rows in rank order, in fp32; encode the sum,
        the second rounding, and send it to all peers.
     3. As the sums arrive, decode them; a rank's own sum too, so that all ranks hold the same bits.
     """
     rows, features = x.shape
-    shares = split(range(rows), peers.world_size)
-    pieces = cut(shares, choose_chunks(route, rows, features, x.device))
+    pieces = deal(rows, peers.world_size, choose_chunks(route, rows, features, x.device))
     gather = GatherHop(route.second_codec, peers, pieces, features, x.device, trace)
     scatter = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
     for chunk in range(len(pieces)):
         scatter.send(chunk, x)
+    for chunk in range(len(pieces)):
+        gather.send_sum(chunk, scatter)
     for chunk, owned in enumerate(pieces):
-        shape = (len(owned[peers.rank]), features * torch.float32.itemsize)
-        sums = workspace.take("sums", [shape], x.device)[0].view(torch.float32)
-        scatter.decode_sum(chunk, sums)
-        gather.send(chunk, sums)
-    for chunk, owned in enumerate(pieces):
-        gather.decode(chunk, [result[piece.start : piece.stop] for piece in owned])
+        gather.finish_each(chunk, owned, finish)
     scatter.close()
     gather.close()

@@ -1,13 +1,19 @@
 """The two hops every collective is made of: encoded rows to everyone, encoded rows to their owners.
 
 Both work through the rows in chunks, so that a chunk travels while the next is being encoded or the last
-decoded. Chunks cut every rank's rows alike; a codec's wire is row by row, so the cut changes no value.
+decoded. Chunks cut every rank's rows alike; a codec's wire is row by row, so the cut changes no value. Rows of
+several ranks that follow one another, in the message and on the wire, are encoded or decoded together.
+
+On CUDA nothing here makes the host wait or looks at data, so a call can be captured in a CUDA graph: kernels go to
+the current stream, NCCL's own stream carries what was sent, and waiting orders the one behind the other. A chunk is
+so encoded while the one before it travels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +21,24 @@ import torch
 from megacomp.collectives import workspace
 from megacomp.collectives.links import link_for
 from megacomp.collectives.message import Peers
-from megacomp.collectives.partition import split
+from megacomp.collectives.partition import consecutive, runs, split
 from megacomp.collectives.trace import Trace, measured
+from megacomp.kernels import sums_rows
 
 if TYPE_CHECKING:
     from megacomp.codecs import Codec
+
+Finish = Callable[["Codec", torch.Tensor, range], None]
+"""What becomes of wires that arrived, uint8[peers, rows, row_bytes]: their sum is such rows of the result."""
+
+
+def into(out: torch.Tensor) -> Finish:
+    """Decode and sum wires into their rows of `out` [rows, features]."""
+
+    def finish(codec: Codec, wires: torch.Tensor, rows: range) -> None:
+        codec.decode_sum(wires, out.shape[1], out.dtype, out=out[rows.start : rows.stop])
+
+    return finish
 
 
 def cut(shares: Sequence[range], chunks: int) -> list[list[range]]:
@@ -29,6 +48,14 @@ def cut(shares: Sequence[range], chunks: int) -> list[list[range]]:
     """
     chunks = min(chunks, max(len(share) for share in shares))
     return [list(chunk) for chunk in zip(*(split(share, chunks) for share in shares), strict=True)]
+
+
+def sums_buffer(rows: int, features: int, device: torch.device) -> torch.Tensor | None:
+    """The buffer for sums that kernels of several steps want on the CPU; elsewhere the allocator has one if needed."""
+    if device.type != "cpu":
+        return None
+    shape = (sums_rows(rows, features, device), features * torch.float32.itemsize)
+    return workspace.take("sums", [shape], device)[0].view(torch.float32)
 
 
 class _Hop(ABC):
@@ -50,6 +77,7 @@ class _Hop(ABC):
         self._codec = codec
         self._rank = peers.rank
         self._pieces = pieces
+        self._features = features
         self._counts = [[len(rows) for rows in chunk] for chunk in pieces]
         self._row_bytes = codec.row_bytes(features)
         self._device = device
@@ -65,21 +93,18 @@ class _Hop(ABC):
     def send(self, chunk: int, rows: torch.Tensor) -> None:
         """Encode this rank's `rows` and send those of `chunk`."""
 
-    def decode_sum(self, chunk: int, out: torch.Tensor) -> None:
-        """Wait for the wires of `chunk` and write their sum, in rank order, to `out` [rows, features]."""
-        with measured(self._trace, "wire"):
-            self._link.wait(chunk)
-        with measured(self._trace, "decode"):
-            self._codec.decode_sum(self._wires[chunk], out.shape[1], out.dtype, out=out)
+    def finish_sum(self, chunk: int, rows: range, finish: Finish) -> None:
+        """Wait for the wires of `chunk`, whose sum in rank order is `rows` of the result, and finish them."""
+        with self._arrived(chunk):
+            finish(self._codec, self._wires[chunk], rows)
 
-    def decode(self, chunk: int, outs: Sequence[torch.Tensor]) -> None:
-        """Wait for the wires of `chunk` and write each peer's rows to its own of `outs` [rows, features]."""
+    @contextmanager
+    def _arrived(self, chunk: int) -> Iterator[None]:
+        """Wait for the wires of `chunk`, and count the block as decoding."""
         with measured(self._trace, "wire"):
             self._link.wait(chunk)
         with measured(self._trace, "decode"):
-            for wire, out in zip(self._wires[chunk], outs, strict=True):
-                if len(out):
-                    self._codec.decode(wire[: len(out)], out.shape[1], out.dtype, out=out)
+            yield
 
     def close(self) -> None:
         """Wait until this rank's own messages have left its buffers."""
@@ -105,11 +130,30 @@ class GatherHop(_Hop):
 
     def send(self, chunk: int, rows: torch.Tensor) -> None:
         """Encode `rows`, this rank's piece of `chunk`, and send them to everyone."""
-        wires, counts = self._wires[chunk], self._counts[chunk]
         with measured(self._trace, "encode"):
-            self._codec.encode(rows, out=wires[self._rank, : counts[self._rank]])
+            self._codec.encode(rows, out=self._own(chunk))
+        self._post(chunk)
+
+    def send_sum(self, chunk: int, arriving: ScatterHop) -> None:
+        """Wait for the wires of `chunk` of the hop before, and send everyone their sum."""
+        arriving.decode_sum_encode(chunk, self._codec, self._own(chunk))
+        self._post(chunk)
+
+    def finish_each(self, chunk: int, places: Sequence[range], finish: Finish) -> None:
+        """Wait for the wires of `chunk`, each peer's being its own of `places` in the result, and finish them."""
+        with self._arrived(chunk):
+            wires = self._wires[chunk].flatten(0, 1)
+            starts = range(0, len(wires), self._wires[chunk].shape[1])
+            arrived = [range(start, start + len(place)) for start, place in zip(starts, places, strict=True)]
+            for rows, place in runs(zip(arrived, places, strict=True)):
+                finish(self._codec, wires[rows.start : rows.stop].unsqueeze(0), place)
+
+    def _own(self, chunk: int) -> torch.Tensor:
+        return self._wires[chunk][self._rank, : self._counts[chunk][self._rank]]
+
+    def _post(self, chunk: int) -> None:
         with measured(self._trace, "wire"):
-            self._link.gather(chunk, wires, counts)
+            self._link.gather(chunk, self._wires[chunk], self._counts[chunk])
 
 
 class ScatterHop(_Hop):
@@ -134,12 +178,18 @@ class ScatterHop(_Hop):
     def send(self, chunk: int, rows: torch.Tensor) -> None:
         """Encode those of `rows`, the whole message, that belong to `chunk`; send them to their owners."""
         parts, counts, wires = self._parts[chunk], self._counts[chunk], self._wires[chunk]
-        places = list(parts.split(counts))
-        if not self._link.delivers_own:
-            places[self._rank] = wires[self._rank]
+        pairs = list(zip(consecutive(counts), self._pieces[chunk], strict=True))
         with measured(self._trace, "encode"):
-            for place, piece in zip(places, self._pieces[chunk], strict=True):
-                if piece:
-                    self._codec.encode(rows[piece.start : piece.stop], out=place)
+            if not self._link.delivers_own:
+                _, own = pairs.pop(self._rank)
+                self._codec.encode(rows[own.start : own.stop], out=wires[self._rank])
+            for place, piece in runs(pairs):
+                self._codec.encode(rows[piece.start : piece.stop], out=parts[place.start : place.stop])
         with measured(self._trace, "wire"):
             self._link.scatter(chunk, parts, counts, wires)
+
+    def decode_sum_encode(self, chunk: int, codec: Codec, wire: torch.Tensor) -> None:
+        """Wait for the wires of `chunk` and write their sum, encoded by `codec`, to `wire`."""
+        sums = sums_buffer(len(wire), self._features, self._device)
+        with self._arrived(chunk):
+            self._codec.decode_sum_encode(self._wires[chunk], self._features, codec, out=wire, sums=sums)

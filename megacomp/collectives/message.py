@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megacomp.codecs import DTYPES
 
@@ -56,3 +57,13 @@ def check_out(out: torch.Tensor, x: torch.Tensor) -> None:
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """`x` as [rows, features]; a copy only where its strides admit no view."""
     return x.reshape(-1, x.shape[-1])
+
+
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """What `group_of` finds `group` by; the default group has none, so that it may be another one by then."""
+    return "" if group is None else group.group_name
+
+
+def group_of(name: str) -> dist.ProcessGroup | None:
+    """The process group of this name, None for the default group."""
+    return distributed_c10d._resolve_process_group(cast(Any, name)) if name else None

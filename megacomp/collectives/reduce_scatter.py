@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import ScatterHop, cut
-from megacomp.collectives.message import as_matrix, check_tensor, peers_of
+from megacomp.collectives.hops import ScatterHop, cut, into
+from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.partition import split
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
 
 
-@torch.compiler.disable
 def reduce_scatter(
     x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, *, trace: Trace | None = None
 ) -> torch.Tensor:
@@ -30,6 +29,15 @@ def reduce_scatter(
     and for rows that do not divide.
     """
     check_tensor(x, leading_dimensions=1)
+    if torch.compiler.is_compiling() and trace is None:
+        return torch.ops.megacomp.reduce_scatter(x.detach(), route.key, dist.get_world_size(group), name_of(group))
+    return _reduce_scatter(x, group, route, trace)
+
+
+@torch.compiler.disable  # where a trace is wanted: nothing in it is to be traced by a compiler
+def _reduce_scatter(
+    x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, trace: Trace | None
+) -> torch.Tensor:
     peers = peers_of(group)
     if x.shape[0] % peers.world_size:
         raise ValueError(
@@ -48,6 +56,6 @@ def reduce_scatter(
     for chunk in range(len(pieces)):
         hop.send(chunk, rows)
     for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
-        hop.decode_sum(chunk, out[owned[0].start : owned[0].stop])
+        hop.finish_sum(chunk, owned[0], into(out))
     hop.close()
     return result

@@ -16,7 +16,8 @@ class Trace:
     """Seconds of the host's time in each stage, added up over the calls it is handed to.
 
     encode: in the codec's encode. wire: posting messages and blocked waiting for them; what a chunked
-    pipeline hides behind encode and decode is not in it. decode: in the codec's decode and decode_sum.
+    pipeline hides behind encode and decode is not in it. decode: in the codec's decode and decode_sum, and in
+    decode_sum_encode, the middle of two-shot, which is one operation though it encodes as well.
     On an accelerator kernels run after the call that launches them, so these are launch times only.
     """
 

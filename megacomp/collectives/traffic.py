@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from megacomp.collectives.partition import split
+from megacomp.collectives.partition import dealt
 from megacomp.collectives.route import Route, choose_algorithm
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def wire_bytes(
         return Traffic(0, 0, 0)
     plain_row = features * dtype.itemsize
     row = route.codec.row_bytes(features)
-    own = len(split(range(rows), world_size)[rank])
+    own = dealt(rows, world_size, rank)
     others = rows - own
     if collective == "all_gather":
         gathered = (world_size - 1) * rows

@@ -26,8 +26,14 @@ def take(slot: Slot, shapes: Sequence[tuple[int, ...]], device: torch.device) ->
     """Consecutive uint8 tensors of `shapes`, contents undefined, valid until this thread takes `slot` again.
 
     On the CPU a fresh large allocation costs a page fault per 4 KiB, so the buffer of the last call is used
-    again. On an accelerator PyTorch's caching allocator already reuses memory, in the order of the stream and
-    within CUDA graph pools, as a buffer kept here could not.
+    again.
+
+    On an accelerator PyTorch's caching allocator reuses memory, as a buffer kept here could not: in the order of
+    each stream, where two streams would write to one buffer; and within the pool of a CUDA graph, which would go
+    on using a buffer freed here for a larger one. Nothing is allocated in steady state, for NCCL keeps a tensor
+    no longer than until its work is waited for, which every call does before it returns, on the stream that the
+    memory belongs to. (Before torch 2.8 it used record_stream: memory comes back once the device has got there,
+    so a host far ahead of it has a few blocks more; within a graph, at the end of the capture.)
     """
     sizes = [math.prod(shape) for shape in shapes]
     buffer = _buffer(slot, sum(sizes), device)

@@ -105,7 +105,7 @@ def signed_max_quantize(x: np.ndarray, bits: int, block_size: int, scale: str) -
     extreme = np.where(highest >= -least, highest, least)
     exact = -extreme / lowest
     if scale == "e4m3":
-        row = np.abs(blocks).max((1, 2))[:, None] / np.float32(448 * 2 ** (bits - 1))
+        row = np.abs(blocks).max((1, 2))[:, None] * np.float32(1 / (448 * 2 ** (bits - 1)))
         inverse_row = np.divide(np.float32(1), row, out=np.zeros_like(row), where=row > 0)
         stored = round_e4m3(exact * inverse_row) * row
     else:
@@ -120,7 +120,8 @@ def asymmetric_quantize(x: np.ndarray, bits: int, block_size: int, scale: str) -
     rows, features = x.shape
     blocks = x.astype(np.float32).reshape(rows, -1, block_size)
     steps = np.float32(2**bits - 1)
-    stored = ROUND_SCALE[scale](blocks.max(-1) / steps - blocks.min(-1) / steps)
+    step = np.float32(1 / (2**bits - 1))
+    stored = ROUND_SCALE[scale](blocks.max(-1) * step - blocks.min(-1) * step)
     minimum = ROUND_SCALE[scale](blocks.min(-1))[..., None]
     inverse = np.divide(np.float32(1), stored, out=np.zeros_like(stored), where=stored != 0)[..., None]
     codes = np.clip(np.rint((blocks - minimum) * inverse), 0, steps)

@@ -42,11 +42,13 @@ def test_compiled_equals_the_definition(spec):
 
 @needs_compiler
 def test_auto_compiles_on_the_cpu_only_where_rows_are_many():
-    cpu = torch.device("cpu")
-    assert resolve_backend("auto", cpu, 2) == "compiled"
-    assert resolve_backend("auto", cpu, 1) == "reference"
-    assert resolve_backend("auto", torch.device("meta"), 2) == "reference"
-    assert resolve_backend("reference", cpu, 2) == "reference"
+    def resolved(backend: str, rows: int, device: str) -> str:
+        return resolve_backend(backend, "encode", codecs.get("mxfp4").format, 256, rows, torch.device(device))
+
+    assert resolved("auto", 2, "cpu") == "compiled"
+    assert resolved("auto", 1, "cpu") == "reference"
+    assert resolved("auto", 2, "meta") == "reference"
+    assert resolved("reference", 2, "cpu") == "reference"
 
 
 def test_without_a_compiler_auto_falls_back_with_one_logged_reason(monkeypatch, caplog):

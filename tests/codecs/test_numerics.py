@@ -71,8 +71,8 @@ def test_nvfp4_uses_two_level_scales():
     x = varied_rows(12, 256)[2:]
     blocks = x.numpy().reshape(10, -1, 16)
     amax = np.abs(blocks).max(-1)
-    row = amax.max(-1, keepdims=True) / np.float32(448 * 6)
-    stored = reference.round_e4m3(amax / np.float32(6) * (np.float32(1) / row)) * row
+    row = amax.max(-1, keepdims=True) * np.float32(1 / (448 * 6))
+    stored = reference.round_e4m3(amax * np.float32(1 / 6) * (np.float32(1) / row)) * row
     inverse = np.divide(np.float32(1), stored, out=np.zeros_like(stored), where=stored != 0)[..., None]
     expected = reference.round_to_element(blocks * inverse, "fp4_e2m1") * stored[..., None]
     assert np.array_equal(round_trip("nvfp4", x).numpy(), expected.reshape(10, -1).astype(np.float32))

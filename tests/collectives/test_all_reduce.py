@@ -149,19 +149,6 @@ def test_the_result_may_take_the_place_of_the_input(ranks: RankPool, algorithm: 
     assert_as_emulated([case], [[result] for result in ranks.run(_in_place, case, world_size=world_size)])
 
 
-def _compiled_with_its_surroundings(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return all_reduce(x * 2, None, case.route()) + 1
-
-    x = case.partial(dist.get_rank())
-    return torch.compile(layer, backend="eager")(x), layer(x)
-
-
-def test_torch_compile_leaves_it_as_it_is(ranks: RankPool) -> None:
-    for compiled, plain in ranks.run(_compiled_with_its_surroundings, Case()):
-        assert same_bits(compiled, plain)
-
-
 def _refusals() -> torch.Tensor:
     route = Route(codecs.get("mxfp4", backend="reference"))
     for wrong, message in (

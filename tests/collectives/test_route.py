@@ -13,10 +13,10 @@ from rank_pool import RankPool
 from megacomp import codecs
 from megacomp.collectives import Route, Trace, Traffic, all_reduce, choose_algorithm, payload_ratio, wire_bytes
 from megacomp.collectives.partition import split
-from megacomp.collectives.route import MAX_CHUNKS, ONE_SHOT_LIMIT_BYTES, choose_chunks
+from megacomp.collectives.route import CUDA_MAX_CHUNKS, MAX_CHUNKS, ONE_SHOT_LIMIT_BYTES, choose_chunks
 
 MXFP4 = codecs.get("mxfp4", backend="reference")
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,8 @@ def test_auto_chunks() -> None:
     assert choose_chunks(Route(MXFP4), 1, 4096, CPU) == 1
     assert choose_chunks(Route(MXFP4), 1_000_000, 4096, CPU) == MAX_CHUNKS
     assert choose_chunks(Route(MXFP4, pipeline_chunks=7), 5, 64, CPU) == 7
-    assert choose_chunks(Route(MXFP4), 1_000_000, 4096, torch.device("cuda")) == 1
+    assert choose_chunks(Route(MXFP4), 1_000_000, 4096, CUDA) == CUDA_MAX_CHUNKS
+    assert choose_chunks(Route(MXFP4), 4096, 4096, CUDA) == 1
 
 
 @given(start=st.integers(0, 50), length=st.integers(0, 200), parts=st.integers(1, 20))
@@ -98,7 +99,7 @@ def _bytes_sent(cases: list[Case]) -> list[int]:
 def test_traffic_is_what_is_sent(ranks: RankPool, world_size: int) -> None:
     cases = [
         Case(shape=(rows, 64), algorithm=algorithm, collective=collective, gather_codec="int8", chunks=2)
-        for rows in (1, 12, 14)
+        for rows in (1, 12, 14, 31)
         for algorithm in ("one_shot", "two_shot")
         for collective in CALLS
         if collective != "reduce_scatter" or rows == 12
