@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megacomp.kernels.compiled import compiled, compiler_problem, isolated
-from megacomp.kernels.grouped_weight import GroupedWeight, dequantize, expand_groups, group_floats, unpack_codes
+from megacomp.kernels.grouped_weight import GroupedWeight, dequantize, group_floats, unpack_codes
 
 __all__ = ["Int4Pack", "dequant_gemm", "dequant_gemm_definition", "resolve_gemm_backend"]
 
@@ -126,8 +126,8 @@ def _compiled_gemm(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
     """
     # CPUs multiply fp16 some forty times slower than fp32.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    scales, zeros = group_floats(weight) if weight.word_groups is None else expand_groups(weight)
-    words = weight.codes.view(len(scales), -1, weight.out_features)
+    scales, zeros = group_floats(weight)
+    words = weight.codes.view(len(scales) if weight.word_groups is None else len(weight.codes), -1, weight.out_features)
     mode = torch.is_inference_mode_enabled()
     with torch.no_grad():
         if weight.input_index is not None and len(x) > 1:
@@ -145,13 +145,14 @@ def _compiled_gemm(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
             part = slice(start, min(start + outputs, weight.out_features))
             dense = buffer[: weight.rows * (part.stop - start)].view(weight.rows, -1)
             slots = dense.view(*words.shape[:2], weight.codes_per_word, -1).unbind(2)
-            key = (words.shape, dense.shape, weight.bits, x.dtype, dtype, mode)
+            key = (words.shape, dense.shape, len(scales), weight.bits, x.dtype, dtype, mode)
             compiled(_dequantize_definition, key)(
                 weight.bits,
                 x.dtype,
                 isolated(words[..., part]),
                 isolated(scales[:, part]),
                 isolated(zeros[:, part]),
+                weight.word_groups,
                 [isolated(slot) for slot in slots],
             )
             y[:, part] = inputs @ dense
@@ -164,12 +165,17 @@ def _dequantize_definition(
     words: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    word_groups: torch.Tensor | None,
     slots: Sequence[torch.Tensor],
 ) -> None:
-    """`dequantize` in the form that compiles well, words ``[groups, words, out_features]`` by groups.
+    """`dequantize` in the form that compiles well.
 
-    slots: of the same shape, written: the rows whose codes are in the 1st, 2nd ... place of a word.
+    words: ``[groups, words of each, out_features]``, or ``[words, 1, out_features]`` with ``word_groups``.
+    scales, zeros: float32 ``[groups, out_features]``. slots: shaped as ``words``, written: the rows whose codes are in
+    the 1st, 2nd ... place of a word.
     """
+    if word_groups is not None:
+        scales, zeros = scales[word_groups], zeros[word_groups]
     scales, zeros = scales.unsqueeze(1), zeros.unsqueeze(1)
     for slot, out in enumerate(slots):
         codes = (words >> (slot * bits)) & (2**bits - 1)

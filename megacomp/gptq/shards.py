@@ -7,6 +7,7 @@ o and down by input features. Down decides the order in which gate and up hold t
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ CONVERTED_INDEX = "megacomp_tp.index.json"
 """The file that marks a folder as written by `megacomp convert`."""
 
 CONVERTED_VERSION = 1
+
+_log = logging.getLogger("megacomp")
 
 _SPLIT_BY_OUTPUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _SPLIT_BY_INPUT = ("o_proj", "down_proj")
@@ -178,7 +181,13 @@ class CheckpointShards(Shards):
             return None
         down = f"{mlp}.down_proj"
         per_word = WORD_BITS // self._checkpoint.linears[down].bits
-        return ordering.tp_aware_order(self._checkpoint.g_idx(down), self.ranks, per_word)
+        order = ordering.tp_aware_order(self._checkpoint.g_idx(down), self.ranks, per_word)
+        if order is None and self.rank == 0:
+            _log.info(
+                "%s: local order; the groups of its features do not split in whole words of %d codes over %d ranks",
+                *(mlp, per_word, self.ranks),
+            )
+        return order
 
     def close(self) -> None:
         self._checkpoint.close()

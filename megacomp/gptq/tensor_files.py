@@ -7,12 +7,14 @@ import struct
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 __all__ = ["CheckpointError", "TensorFiles"]
+
+Files = TypeVar("Files", bound="TensorFiles")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -45,7 +47,7 @@ class TensorFiles:
                 raise CheckpointError(f"{folder}: damaged safetensors: {_damage(path) or error}") from None
             self._handles.update(dict.fromkeys(handle.keys(), handle))
 
-    def __enter__(self) -> TensorFiles:
+    def __enter__(self: Files) -> Files:
         return self
 
     def __exit__(self, *exception: object) -> None:

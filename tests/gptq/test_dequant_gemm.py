@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import quantized_models as models
 import torch
@@ -114,10 +116,10 @@ def test_rows_that_fill_up_words_are_zero() -> None:
 
 def test_the_module_keeps_its_weights_whatever_dtype_the_model_is_cast_to() -> None:
     weight, _ = _weight()
-    linear = QuantizedLinear(LinearShard(weight, None, IN, OUT, "local"), "somewhere")
-    before = dequantize(linear.weight)
+    linear = QuantizedLinear(LinearShard(weight, None, IN, OUT, "local"), Path("somewhere"))
+    before = dequantize(linear.grouped_weight)
     assert linear.bfloat16() is linear and linear.double() is linear
-    assert linear.scales.dtype == torch.float16 and torch.equal(dequantize(linear.weight), before)
+    assert linear.scales.dtype == torch.float16 and torch.equal(dequantize(linear.grouped_weight), before)
     assert linear.to("meta").codes.is_meta
     stored = sum(buffer.nbytes for buffer in linear.buffers())
     assert stored < 0.85 * IN * OUT  # packed: half a byte, and scales, zeros and index
@@ -126,7 +128,7 @@ def test_the_module_keeps_its_weights_whatever_dtype_the_model_is_cast_to() -> N
 
 def test_the_module_takes_any_leading_dimensions() -> None:
     weight, _ = _weight()
-    linear = QuantizedLinear(LinearShard(weight, None, IN, OUT, "local"), "somewhere")
+    linear = QuantizedLinear(LinearShard(weight, None, IN, OUT, "local"), Path("somewhere"))
     x = _x(6, IN, torch.float32)
     assert torch.equal(linear(x.view(2, 3, IN)), linear(x).view(2, 3, OUT))
     assert linear(x[0]).shape == (OUT,)
