@@ -96,8 +96,9 @@ class Megatron(Framework):
     def ranks(self, model: torch.nn.Module) -> tuple[int, int] | None:
         """Those of the group of the first TransformerLayer's linears."""
         for layer in _transformer_layers(model).values():
-            group = _group(getattr(layer.mlp.linear_fc1, "tp_group", None))
-            return group.rank(), group.size()
+            for linear in _sites_of_layer(layer):
+                group = _group(getattr(linear, "tp_group", None))
+                return group.rank(), group.size()
         return None
 
     def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
@@ -133,7 +134,7 @@ class Megatron(Framework):
             for path, (shapes, blocks) in linears.items():
                 parent_name, _, child = path.partition(".")
                 parent = getattr(layer, parent_name)
-                linear = getattr(parent, child)
+                linear = getattr(parent, child, None)
                 if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
                     raise CheckpointError(
                         f"{name}.{path} is a {type(linear).__name__}: quantized weights are supported for "

@@ -104,7 +104,10 @@ def _quantized(framework: Framework, at: ParallelLinear, shards: Shards) -> torc
     elif any(part.bias is not None for part in parts):
         named = next(name for name, part in zip(at.linears, parts, strict=True) if part.bias is not None)
         raise CheckpointError(f"{shards.folder}: {named}.bias is not zero, but the model has no bias there")
-    return framework.quantized_layer(at.layer, linear, bias)
+    replacement = framework.quantized_layer(at.layer, linear, bias)
+    device = next(iter((*at.layer.parameters(), *at.layer.buffers()))).device
+    # A layer built without storage says nothing of where it will run; whoever built it moves the model.
+    return replacement if device.type == "meta" else replacement.to(device)
 
 
 def _joined_bias(parts: Sequence[LinearShard], blocks: int, dtype: torch.dtype) -> torch.Tensor:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megacomp.gptq import CheckpointError, open_shards
 from megacomp.gptq.checkpoint import GPTQCheckpoint, read_quantization
+from megacomp.gptq.tensor_files import TensorFiles
 from megacomp.kernels.grouped_weight import dequantize
 
 NAME = "model.layers.0.self_attn.o_proj"
@@ -220,6 +221,35 @@ def test_linears_that_no_rank_could_split(tmp_path: Path) -> None:
     folder = _write(tmp_path / "m", models.linear(64, 16), "gptq")
     with open_shards(folder, 0, 3) as shards, pytest.raises(CheckpointError, match=f"{NAME}: 3 ranks cannot take"):
         shards.read(NAME)
+
+
+def test_a_bias_of_zeros_is_none(tmp_path: Path) -> None:
+    made = models.linear(64, 16)
+    for bias, found in ((torch.zeros(16), False), (torch.ones(16), True)):
+        one = models.Linear(made.codes, made.scales, made.zeros, made.g_idx, made.bits, bias)
+        with open_shards(_write(tmp_path / "m", one, "gptq"), 0, 2) as shards:
+            assert (shards.read(NAME).bias is not None) is found
+
+
+def test_a_rank_reads_no_more_than_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {}
+    read = TensorFiles.read
+
+    def counting(self: TensorFiles, name: str, *part: slice) -> torch.Tensor:
+        tensor = read(self, name, *part)
+        values[name] = values.get(name, 0) + tensor.numel()
+        return tensor
+
+    monkeypatch.setattr(TensorFiles, "read", counting)
+    query = NAME.replace("o_proj", "q_proj")
+    for layout, kind in (("gptq", "qweight"), ("pack-quantized", "weight_packed")):
+        linears = {NAME: models.linear(256, 64), query: models.linear(256, 64)}
+        models.write(tmp_path, linears, layout, models.settings(layout), {})
+        for rank in range(4):
+            values.clear()
+            with open_shards(tmp_path, rank, 4) as shards:
+                shards.read(NAME), shards.read(query)
+            assert values[f"{NAME}.{kind}"] == values[f"{query}.{kind}"] == 256 * 64 // 8 // 4
 
 
 DATA = ("gptq-v1-bytellama-h256-g32-sym", "ct-bytellama-h256-g32-asym")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import quantized_models as models
 import torch
 import torch.distributed as dist
 import transformers
-from models import deepspeed_on_cpu
+from models import HIDDEN, VOCABULARY, deepspeed_on_cpu, megatron_gpt, megatron_logits, tokens
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 
 import megacomp
 from megacomp.gptq import CheckpointError, QuantizedLinear
 from megacomp.launch import engines
+from megacomp.launch.errors import LaunchError
 from megacomp.report import Report
 
 ENGINES = ("deepspeed", "megatron")
@@ -251,3 +253,61 @@ def test_megatron_before_its_layers_could_be_overridden(folders: Path, monkeypat
         monkeypatch.delattr(RowParallelLinear, "_forward_impl")
         with pytest.raises(megacomp.UnsupportedVersionError, match=r"need megatron-core 0\.14 or later"):
             megacomp.install(_section(folders / "quantized"), model=built.module)
+
+
+def _sequence_parallel(folder: Path) -> dict[str, Any]:
+    logits, calls = [], {}
+    for sequence_parallel in (False, True):
+        with torch.no_grad(), megatron_gpt(sequence_parallel=sequence_parallel) as model:
+            config = _section(folder)
+            with megacomp.install(config, model=model):
+                logits.append(megatron_logits(model, tokens()))
+            config["megacomp"]["communication"] = {"codec": "int8", "min_bytes": 0}
+            with megacomp.install(config, model=model) as installation:
+                logits.append(megatron_logits(model, tokens()))
+            calls[sequence_parallel] = {name: site.calls for name, site in installation.report().sites.items()}
+    return {"logits": logits, "calls": calls}
+
+
+def test_sequence_parallelism(ranks: RankPool, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    models.quantize_model(tmp_path / "dense", tmp_path / "gptq", "gptq", group_size=16)
+    for got in ranks.run(_sequence_parallel, tmp_path / "gptq"):
+        plain, compressed, plain_sp, compressed_sp = got["logits"]
+        torch.testing.assert_close(plain_sp, plain, atol=1e-4, rtol=0)
+        for exact, lossy in ((plain, compressed), (plain_sp, compressed_sp)):
+            assert 0 < (lossy - exact).norm() < 0.03 * exact.norm()
+        assert set(got["calls"][True].values()) == set(got["calls"][False].values()) == {1}
+
+
+def test_linears_that_megatron_cannot_fuse(folders: Path, tmp_path: Path) -> None:
+    # GPTQ gives q, k and v one order, for they read the same input; a checkpoint may say otherwise.
+    shutil.copytree(folders / "quantized", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    key = "model.layers.0.self_attn.k_proj.g_idx"
+    tensors[key] = tensors[key].flip(0).contiguous()
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    message = r"q_proj, .*k_proj, .*v_proj cannot be one layer \(decoder\.layers\.0\.self_attention\.linear_qkv\)"
+    with pytest.raises(LaunchError, match=message):
+        engines.build(tmp_path / "m", "megatron", tp=1, dtype=torch.float32)
+    with engines.build(tmp_path / "m", "deepspeed", tp=1, dtype=torch.float32) as built:
+        assert built.logits(TOKENS).isfinite().all()
+
+
+def test_a_bias_the_model_has_no_place_for(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "quantized", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    for value, message in ((0.0, None), (1.0, "o_proj.bias is not zero, but the model has no bias there")):
+        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.full((64,), value)
+        save_file(tensors, tmp_path / "m" / "model.safetensors")
+        for engine in ENGINES:
+            with nullcontext() if message is None else pytest.raises(LaunchError, match=message):
+                engines.build(tmp_path / "m", engine, tp=1, dtype=torch.float32).close()
