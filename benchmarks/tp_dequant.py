@@ -228,6 +228,7 @@ def main(
     scale: Annotated[int, typer.Option(min=1, help="Divides both sizes of every model.")] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 101,
     tp: Annotated[int, typer.Option(help="Ranks to start without a launcher.")] = 2,
+    link: Annotated[str, typer.Option(help="What carries the messages, for the record.")] = "loopback",
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
 ) -> None:
     """Measure every scheme for both models and 1 to 16 rows."""
@@ -248,7 +249,7 @@ def main(
         described = environment.describe(device)
     command.results().print(_table(results, scale))
     if out is not None and command.is_main_rank():
-        files.write_json(out, {"scale": scale, "rows": results, "environment": described})
+        files.write_json(out, {"scale": scale, "link": link, "rows": results, "environment": described})
 
 
 def _table(results: list[dict[str, Any]], scale: int) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import quantized_models as models
 import torch
 import transformers
 from rank_pool import RankPool
+from typer.testing import CliRunner
 
 from megacomp.kernels import dequant_gemm
 from megacomp.kernels.compiled import compiler_problem
@@ -86,3 +88,24 @@ def test_the_mlps_of_the_engines(ranks: RankPool, tmp_path: Path, engine: str) -
     models.quantize_model(tmp_path / "dense", tmp_path / "gptq", "gptq", group_size=16)
     for seen in ranks.run(_engine_mlp, tmp_path / "gptq", engine):
         assert seen == {"c10d::allreduce_": 1}
+
+
+def test_the_benchmark_records_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tp_dequant
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    out = tmp_path / "out.json"
+    arguments = ["--tp", "1", "--scale", "16", "--repeats", "1", "--out", str(out)]
+    result = CliRunner().invoke(tp_dequant.app, arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert [(row["model"], row["rows"]) for row in written["rows"]] == [
+        (model, rows) for model in tp_dequant.SHAPES for rows in tp_dequant.ROWS
+    ]
+    for row in written["rows"]:
+        schemes = row["schemes"]
+        assert set(schemes) == set(tp_dequant.SCHEMES)
+        assert (schemes["naive"]["collectives"], schemes["tp_aware"]["collectives"]) == (2, 1)
+        assert schemes["tp_aware"]["weight_bytes"] < 0.3 * schemes["bf16"]["weight_bytes"]
+        assert schemes["replicated"]["weight_bytes"] > schemes["tp_aware"]["weight_bytes"]
