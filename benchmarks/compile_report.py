@@ -130,7 +130,7 @@ def captured_launches(architecture: int) -> Iterator[list[Launch]]:
     driver.set_active(_NoGPU(architecture))
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", capture))
-        for module in ("backend", "launch_config"):  # tensors without data pass for a GPU's
+        for module in ("backend", "dequant_gemm", "launch_config"):  # tensors without data pass for a GPU's
             stack.enter_context(patch(f"megacomp.kernels.{module}.device_problem", return_value=None))
         # Not from Triton's cache, which does not see changes in the Python that computes constants.
         stack.enter_context(triton.knobs.compilation.scope())
@@ -186,8 +186,21 @@ def report(case: Case) -> list[dict[str, Any]]:
     return [{**head, **describe(launch, ROWS * case.features)} for launch in compile_case(case)]
 
 
+def resources(kernel: CompiledKernel) -> dict[str, Any]:
+    """What a kernel takes of a multiprocessor, and how often it names memory that spilled registers go to."""
+    usage, listing = _disassemble(kernel.asm["cubin"])
+    return {
+        "kernel": kernel.metadata.name.strip("_"),
+        "warps": kernel.metadata.num_warps,
+        "registers": _usage(usage, "REG"),
+        "stack_bytes": _usage(usage, "STACK") + _usage(usage, "LOCAL"),
+        "local_accesses": len(re.findall(r"\s(?:LDL|STL)[.\s]", listing)),
+        "shared_bytes": kernel.metadata.shared,
+    }
+
+
 def describe(launch: Launch, values: int) -> dict[str, Any]:
-    """A kernel read from its assembly; JSON-able.
+    """A kernel without loops read from its assembly: :func:`resources`, and what is executed; JSON-able.
 
     ``instructions`` are those of the way through the kernel, whose branches all lead forwards; what is out of line
     (the division of extreme numbers) and the padding behind the end are not counted. ``instructions_per_value`` adds
@@ -195,17 +208,11 @@ def describe(launch: Launch, values: int) -> dict[str, Any]:
     global memory by their bytes.
     """
     kernel = launch.kernel
-    usage, listing = _disassemble(kernel.asm["cubin"])
-    opcodes = _way_through(listing)
+    opcodes = _way_through(_disassemble(kernel.asm["cubin"])[1])
     count = Counter(opcode.split(".")[0] for opcode in opcodes)
     threads_per_value = 32 * kernel.metadata.num_warps * launch.programs / values
     return {
-        "kernel": kernel.metadata.name.strip("_"),
-        "warps": kernel.metadata.num_warps,
-        "registers": _usage(usage, "REG"),
-        "stack_bytes": _usage(usage, "STACK") + _usage(usage, "LOCAL"),
-        "local_accesses": sum(count[opcode] for opcode in ("LDL", "STL")),
-        "shared_bytes": kernel.metadata.shared,
+        **resources(kernel),
         "barriers": count["BAR"],
         "shuffles": count["SHFL"],
         "instructions": len(opcodes),

@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from megacomp.kernels.block_format import WireFields
 
-__all__ = ["compiler_problem", "run_compiled"]
+__all__ = ["compiled", "compiler_problem", "isolated", "run_compiled"]
 
 logger = logging.getLogger("megacomp")
 
@@ -53,7 +53,7 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _compiled(definition: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
+def compiled(definition: Callable[..., Any], key: Hashable) -> Callable[..., Any]:
     """A compiled copy of ``definition`` for one ``key``.
 
     A copy, because compiled variants are counted per code object: many formats of one definition would exceed the
@@ -64,6 +64,11 @@ def _compiled(definition: Callable[..., Any], key: Hashable) -> Callable[..., An
     code = definition.__code__.replace(co_name=f"{definition.__name__}_{digest:08x}")
     copy = types.FunctionType(code, definition.__globals__, code.co_name, definition.__defaults__)
     return torch.compile(copy, fullgraph=True)
+
+
+def isolated(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` without a trace of the storage it shares with other views of it; they must not overlap."""
+    return from_dlpack(to_dlpack(tensor))
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:
@@ -83,8 +88,13 @@ def _map(function: Callable[[torch.Tensor], torch.Tensor], argument: Any) -> Any
     return [_map(function, item) for item in argument]
 
 
+_uncompilable: set[Hashable] = set()
+
+
 def run_compiled(definition: Callable[..., Any], format: Hashable, features: int, *arguments: Any) -> None:
     """Runs ``definition(format, *arguments)`` compiled, over slices of the rows that fit the cache.
+
+    What this version of PyTorch cannot compile runs as it is, logged once.
 
     Args:
         definition: a kernel's definition; it writes into some of its arguments.
@@ -96,16 +106,29 @@ def run_compiled(definition: Callable[..., Any], format: Hashable, features: int
     tensors = list(_tensors(arguments))
     rows = tensors[0].shape[0]
     key = (format, torch.is_inference_mode_enabled(), *((t.dtype, t.shape[1:], t.stride()) for t in tensors))
-    compiled = _compiled(definition, key)
+    if (definition, key) in _uncompilable:
+        definition(format, *arguments)
+        return
+    run = compiled(definition, key)
     slices = max(1, min(rows // 2, rows * features // VALUES_PER_CALL))
 
     for index in range(slices):
         start, stop = rows * index // slices, rows * (index + 1) // slices
 
         def isolate(tensor: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
-            isolated = from_dlpack(to_dlpack(tensor[start:stop]))
-            torch._dynamo.maybe_mark_dynamic(isolated, 0)
-            return isolated
+            rows_alone = isolated(tensor[start:stop])
+            torch._dynamo.maybe_mark_dynamic(rows_alone, 0)
+            return rows_alone
 
-        with torch.no_grad():
-            compiled(format, *(_map(isolate, argument) for argument in arguments))
+        try:
+            with torch.no_grad():
+                run(format, *(_map(isolate, argument) for argument in arguments))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            logger.warning(
+                "PyTorch %s cannot compile %s of %s, it runs uncompiled, about 20 times slower: %s",
+                torch.__version__, definition.__name__, format, reason,
+            )  # fmt: skip
+            _uncompilable.add((definition, key))
+            definition(format, *arguments)
+            return

@@ -39,6 +39,7 @@ __all__ = [
     "candidates",
     "check",
     "device_problem",
+    "gpu_processors",
     "guess",
     "launch_config",
     "launch_problem",
@@ -132,7 +133,7 @@ def _launch_config(
         if found is not None:
             return found
     rows = max(1, 2**log2_values // layout.features)
-    return guess(operation, format, layout, rows, dtype, _processors(gpu))
+    return guess(operation, format, layout, rows, dtype, gpu_processors(gpu))
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -504,6 +505,6 @@ def _has_gpu() -> bool:
 
 
 @functools.cache
-def _processors(gpu: int | None) -> int:
+def gpu_processors(gpu: int | None) -> int:
     """The GPU's streaming multiprocessors; one where there is no GPU: few, large programs suit the interpreter."""
     return 1 if gpu is None else torch.cuda.get_device_properties(gpu).multi_processor_count

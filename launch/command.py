@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand, TyperGroup
 
 import megacomp
+from megacomp.config import Config, Weights
 from megacomp.launch import distributed, engines
 from megacomp.launch.engines import Engine
 from megacomp.launch.errors import LaunchError
@@ -44,6 +45,7 @@ class RankedCommand(TyperCommand):
             LaunchError,
             megacomp.ConfigError,
             megacomp.CodecError,
+            megacomp.CheckpointError,
             megacomp.AgreementError,
             megacomp.UnsupportedVersionError,
             megacomp.MissingSymbolError,
@@ -123,11 +125,17 @@ def progress() -> Progress:
 
 
 @contextmanager
-def build_engine(model: Path, name: str, tp: int, dtype: str) -> Iterator[Engine]:
-    """`engines.build` for a command: what PyTorch tells Megatron's authors does not concern its user."""
+def build_engine(model: Path, name: str, tp: int, dtype: str, section: Config | None) -> Iterator[Engine]:
+    """`engines.build` for a command, with the weights `section` asks for, if any.
+
+    What PyTorch tells Megatron's authors does not concern the command's user.
+    """
+    weights = Weights() if section is None else section.weights
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        with engines.build(model, name, tp=tp, dtype=engines.DTYPES[dtype]) as engine:
+        with engines.build(
+            model, name, tp=tp, dtype=engines.DTYPES[dtype], weights=weights.checkpoint, order=weights.order
+        ) as engine:
             yield engine
 
 
@@ -146,8 +154,18 @@ class DtypeName(str, Enum):
     FP16 = "fp16"
 
 
+class OrderName(str, Enum):
+    """The choices of --order."""
+
+    TP_AWARE = "tp_aware"
+    LOCAL = "local"
+
+
 ModelOption = Annotated[
-    Path, typer.Option("--model", help="A local Hugging Face model folder: Llama, Mistral or Qwen2.")
+    Path,
+    typer.Option(
+        "--model", help="A local Hugging Face model folder (Llama, Mistral, Qwen2), GPTQ checkpoints included."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

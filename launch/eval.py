@@ -59,7 +59,8 @@ def run(
     section = configuration.load(config)[0] if config is not None else None
     files.check_writable(json_file)
     files.check_writable(logits_out)
-    architecture = engines.check(model, engine.value, tp=tp or 1)
+    weights = section.weights.checkpoint if section is not None else None
+    architecture = engines.check(model, engine.value, tp=tp or 1, weights=weights)
     if tokens_file is not None:
         tokens = text.read_tokens(tokens_file, architecture.vocab_size)
         if sequence_length is not None and sequence_length > tokens.shape[1]:
@@ -71,7 +72,7 @@ def run(
     ranks = ensure_ranks(tp, "megacomp.launch.eval", command.arguments(ctx))
 
     with (
-        command.build_engine(model, engine.value, ranks, dtype.value) as built,
+        command.build_engine(model, engine.value, ranks, dtype.value, section) as built,
         command.progress() as progress,
     ):
         task = progress.add_task("sequences", total=None)

@@ -41,7 +41,8 @@ def run(
         raise LaunchError("give either --prompt TEXT or --tokens FILE.npy")
     section = configuration.load(config)[0] if config is not None else None
     files.check_writable(json_file)
-    architecture = engines.check(model, engine.value, tp=tp or 1)
+    weights = section.weights.checkpoint if section is not None else None
+    architecture = engines.check(model, engine.value, tp=tp or 1, weights=weights)
     tokenizer: Any = None
     if tokens_file is not None:
         tokens = text.read_tokens(tokens_file, architecture.vocab_size)
@@ -54,7 +55,7 @@ def run(
             raise LaunchError("the prompt is empty")
     ranks = ensure_ranks(tp, "megacomp.launch.generate", command.arguments(ctx))
 
-    with command.build_engine(model, engine.value, ranks, dtype.value) as built:
+    with command.build_engine(model, engine.value, ranks, dtype.value, section) as built:
         compression = megacomp.install(section, model=built.module) if section is not None else nullcontext()
         with compression:
             built.generate(tokens, min(2, max_new_tokens))

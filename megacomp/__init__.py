@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from megacomp.codecs import CodecError
     from megacomp.collectives.functional import all_gather, all_reduce, all_reduce_norm, reduce_scatter
     from megacomp.config import Config, ConfigError
+    from megacomp.gptq import CheckpointError
     from megacomp.installation import Installation, init_inference, install
     from megacomp.patches import MissingSymbolError, UnsupportedVersionError
     from megacomp.report import Report
 
 __all__ = [
     "AgreementError",
+    "CheckpointError",
     "CodecError",
     "Config",
     "ConfigError",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "AgreementError": "megacomp.agreement",
+    "CheckpointError": "megacomp.gptq",
     "CodecError": "megacomp.codecs",
     "Config": "megacomp.config",
     "ConfigError": "megacomp.config",

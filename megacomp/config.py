@@ -30,6 +30,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megacomp import codecs
 from megacomp.collectives import Algorithm, Collective
+from megacomp.gptq import Order
 
 __all__ = ["Communication", "Config", "ConfigError", "Layers", "Rule", "Telemetry", "Weights", "load", "read"]
 
@@ -276,16 +277,19 @@ class Communication(_Section):
 
 
 class Weights(_Section):
-    """Quantized weights: reserved, nothing but the defaults is accepted."""
+    """GPTQ weights in place of the model's own."""
 
-    checkpoint: Unsupported = None
+    checkpoint: Annotated[str | None, Field(min_length=1)] = None
     """
-    Reserved for a GPTQ checkpoint; must be null.
+    The folder of a GPTQ checkpoint of the same model, or one that `megacomp convert` has written; null leaves
+    the model's weights alone.
     """
 
-    order: Literal["tp_aware"] = "tp_aware"
+    order: Order = "tp_aware"
     """
-    Reserved for the order of quantized weights.
+    "tp_aware" puts the MLP's inner features in the order of the down projection's groups, so that nothing is
+    permuted between its layers; "local" leaves features where they are and gathers inside of the GEMM. A
+    converted checkpoint has its order already.
     """
 
 
@@ -309,7 +313,7 @@ class Config(_Section):
 
     weights: Weights = Weights()
     """
-    Quantized weights: reserved.
+    GPTQ weights.
     """
 
     telemetry: Telemetry = Telemetry()
@@ -464,6 +468,10 @@ def _explain(details: ErrorDetails) -> list[tuple[str, str]]:
             return [(path, f"must be one of {context['expected']}, not {_shown(value)}")]
         case "greater_than_equal":
             return [(path, f"must be at least {context['ge']}, not {_shown(value)}")]
+        case "string_type":
+            return [(path, f"must be a string or null, not {_shown(value)}")]
+        case "string_too_short":
+            return [(path, "must not be empty")]
         case "int_type":
             return [(path, f"must be an integer, not {_shown(value)}")]
         case "model_type":

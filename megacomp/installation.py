@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megacomp.agreement import agree, statement
-from megacomp.config import SECTION, Config, ConfigError, load, read
+from megacomp.config import SECTION, Config, ConfigError, Weights, load, read
 from megacomp.door import Door
-from megacomp.patches import FRAMEWORKS, Framework, ImportWatch, Patch
+from megacomp.gptq import QuantizedLinear, open_shards
+from megacomp.patches import FRAMEWORKS, Framework, ImportWatch, LayerPatch, Patch, quantized_layers
 from megacomp.report import FrameworkReport, Report, SiteReport
 from megacomp.version import __version__
 
@@ -33,7 +34,9 @@ class _Active:
         self.door = Door(config)
         self.holders = 0
         self.frameworks: dict[str, FrameworkReport] = {}
+        self.quantized: dict[str, str] = {}
         self._undo = ExitStack()
+        self._weights = ExitStack()
 
     def check(self) -> None:
         """Raise what forbids patching the frameworks that have been imported, before anything is patched."""
@@ -58,10 +61,29 @@ class _Active:
     def undo(self) -> None:
         """Put everything back, the last patch first."""
         self._undo.close()
+        self._weights.close()
+
+    def load_weights(self, model: torch.nn.Module | Iterable[torch.nn.Module], undo: ExitStack) -> None:
+        """Put the configured GPTQ weights in the place of those of `model`, if any are configured.
+
+        undo: receives what puts the original layers back; `keep` it.
+        Raises CheckpointError, and ConfigError if there is nothing to replace; nothing is replaced then.
+        """
+        weights = self.door.config.weights
+        if weights.checkpoint is None:
+            return
+        patches = [patch for one in _models(model) for patch in _quantized_layers(weights.checkpoint, weights, one)]
+        for patch in patches:
+            patch.apply()
+            undo.callback(patch.undo)
+
+    def keep(self, undo: ExitStack) -> None:
+        """Take over what puts original layers back, until `undo`."""
+        self._weights.push(undo.pop_all())
 
     def attach(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
         """Name the sites of models that have been built; ConfigError if rules match none of them."""
-        models = [model] if isinstance(model, torch.nn.Module) else list(model)
+        models = _models(model)
         known = [framework for framework in FRAMEWORKS if framework.imported]
         self.door.attach(
             {layer: site for model in models for framework in known for layer, site in framework.sites(model).items()},
@@ -72,6 +94,12 @@ class _Active:
                 for name, why in framework.not_covered(model).items()
             },
         )
+        self.quantized |= {
+            name: module.order
+            for model in models
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear)
+        }
 
     def _patch(self, framework: Framework, undo: ExitStack) -> None:
         patches = framework.patches(self.door)
@@ -87,6 +115,19 @@ class _Active:
             framework.check(self.door)
             self._patch(framework, undo)
             self._undo.push(undo.pop_all())
+
+
+def _models(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+def _quantized_layers(checkpoint: str, weights: Weights, model: torch.nn.Module) -> list[LayerPatch]:
+    for framework in FRAMEWORKS:
+        if framework.imported and (ranks := framework.ranks(model)) is not None:
+            with open_shards(Path(checkpoint), *ranks, weights.order) as shards:
+                return quantized_layers(framework, model, shards)
+    path = f"{SECTION}.weights.checkpoint"
+    raise ConfigError([(path, "the model has no linear layer of Megatron-core or DeepSpeed that it could replace")])
 
 
 class _Registry:
@@ -162,6 +203,7 @@ class Installation:
             },
             outside=door.telemetry.outside,
             not_covered=dict(door.not_covered),
+            quantized=dict(active.quantized),
         )
 
     def uninstall(self) -> None:
@@ -191,8 +233,9 @@ def install(
 
     config: a DeepSpeed JSON file, a dict of the same contents, or its "megacomp" section as a Config.
     model: models already built (or their engines); needed to name the layers of a DeepSpeed model built
-        before, and to check that every rule matches a site. Megatron's layers, and those that
-        deepspeed.init_inference builds later, are found without it.
+        before, to check that every rule matches a site, and to replace weights (`weights.checkpoint`), which
+        `uninstall` puts back. Megatron's layers, and those that deepspeed.init_inference builds later, are
+        found without it.
     group: the ranks that must agree; the default group unless given.
 
     If torch.distributed is initialised this is a collective call: all ranks of `group` compare their
@@ -201,18 +244,35 @@ def install(
     Megatron-core and DeepSpeed are patched if they have been imported, or else as soon as they are.
 
     Raises, before anything is changed:
-        ConfigError: a bad or missing section, rules that match nothing in `model`, or another configuration
-            is installed.
+        ConfigError: a bad or missing section, rules that match nothing in `model`, weights to load but no
+            `model`, or another configuration is installed.
+        CheckpointError: weights that cannot be read or do not fit the model.
         UnsupportedVersionError, MissingSymbolError: a framework in a version that is not supported.
         AgreementError: other ranks differ, or failed; raised on every rank.
     """
-    with _registry.lock:
+    return _install(
+        lambda: config if isinstance(config, Config) else load(config)[0], model, group, weights_follow=False
+    )
+
+
+def _install(
+    read_section: Callable[[], Config],
+    model: torch.nn.Module | Iterable[torch.nn.Module] | None,
+    group: dist.ProcessGroup | None,
+    weights_follow: bool,
+) -> Installation:
+    """`install`; weights_follow: the model is not built yet, and what builds it will load the weights."""
+    with _registry.lock, ExitStack() as undo:
         problem: Exception | None = None
         try:
-            section = config if isinstance(config, Config) else load(config)[0]
+            section = read_section()
             active = _registry.find(section)
             if model is not None:
+                active.load_weights(model, undo)
                 active.attach(model)
+            elif section.weights.checkpoint is not None and not weights_follow:
+                why = "weights are loaded into a model: install(..., model=model), or megacomp.init_inference"
+                raise ConfigError([(f"{SECTION}.weights.checkpoint", why)])
         except Exception as error:
             problem = error
         if dist.is_available() and dist.is_initialized():
@@ -222,6 +282,7 @@ def install(
         elif problem is not None:
             raise problem
         _registry.hold(active)
+        active.keep(undo)
     return Installation(active)
 
 
@@ -248,13 +309,16 @@ def init_inference(model: torch.nn.Module, config: str | Path | Mapping[str, Any
         _log.info("no %r section: init_inference leaves communication uncompressed", SECTION)
         return deepspeed.init_inference(model, str(config) if isinstance(config, Path) else config, **kwargs)
     section, rest = load(config)
-    installation = install(section)
+    installation = _install(lambda: section, None, None, weights_follow=True)
     try:
         engine = deepspeed.init_inference(model, rest, **kwargs)
+        engine.megacomp = installation
+        if section.weights.checkpoint is not None:
+            engine.megacomp = install(section, model=engine.module)
+            installation.uninstall()
     except BaseException:
         installation.uninstall()
         raise
-    engine.megacomp = installation
     return engine
 
 

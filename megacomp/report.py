@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -63,6 +63,8 @@ class Report:
     sites: by name, "layers.3.attention".
     outside: messages from no site (embedding, output layer, expert counts), all left exact.
     not_covered: layers of the given model that reduce where no patch sees them, by name, and why.
+    quantized: layers of the given model that hold GPTQ weights, by name, and the order of their features:
+        "tp_aware", or "local" (always so in attention).
     """
 
     version: str
@@ -73,6 +75,7 @@ class Report:
     sites: Mapping[str, SiteReport]
     outside: int
     not_covered: Mapping[str, str]
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -119,6 +122,9 @@ class Report:
         yield Text(f"left exact outside of these sites: {self.outside} messages")
         for name, why in self.not_covered.items():
             yield Text(f"not covered: {name}, {why}")
+        if self.quantized:
+            orders = Counter(self.quantized.values())
+            yield Text(f"GPTQ layers: {', '.join(f'{count} {order}' for order, count in sorted(orders.items()))}")
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True, force_terminal=False)

@@ -5,7 +5,17 @@ from megacomp.patches.framework import Framework, UnsupportedVersionError
 from megacomp.patches.importing import ImportWatch
 from megacomp.patches.megatron import Megatron
 from megacomp.patches.patch import MissingSymbolError, Patch
+from megacomp.patches.quantization import LayerPatch, quantized_layers
 
-__all__ = ["FRAMEWORKS", "Framework", "ImportWatch", "MissingSymbolError", "Patch", "UnsupportedVersionError"]
+__all__ = [
+    "FRAMEWORKS",
+    "Framework",
+    "ImportWatch",
+    "LayerPatch",
+    "MissingSymbolError",
+    "Patch",
+    "UnsupportedVersionError",
+    "quantized_layers",
+]
 
 FRAMEWORKS: tuple[Framework, ...] = (Megatron(), DeepSpeed())

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megacomp.gptq import CheckpointError, QuantizedLinear
 from megacomp.patches.framework import Framework
 from megacomp.patches.patch import Patch
+from megacomp.patches.quantization import ParallelLinear
 from megacomp.policy import Site
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _MLP = re.compile(
     r"mlp|ffn|feed_?forward|moe|expert|dense_?relu_?dense|fc2|fc_out|down_proj|4h_to_h|output\.dense|(^|\.)(w2|wo)$",
     re.IGNORECASE,
 )
+
+_PROJECTION = re.compile(r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj")
 
 _BYPASSES = {
     "LmHeadLinearAllreduce": "the output layer is left exact",
@@ -59,6 +63,9 @@ class DeepSpeed(Framework):
         return [
             Patch("deepspeed.init_inference", partial(_init_inference, door, self)),
             Patch(f"{layers}.LinearAllreduce.forward", partial(_linear_allreduce, door)),
+            Patch(
+                "megacomp.patches.deepspeed_layers.QuantizedLinearAllreduce.forward", partial(_linear_allreduce, door)
+            ),
             Patch(f"{layers}.RowParallel.forward", partial(_row_parallel, door)),
         ]
 
@@ -93,6 +100,74 @@ class DeepSpeed(Framework):
             name: f"{type(module).__name__}: {_BYPASSES[type(module).__name__]}"
             for name, module in model.named_modules()
             if type(module).__name__ in _BYPASSES
+        }
+
+    def ranks(self, model: torch.nn.Module) -> tuple[int, int] | None:
+        """Those of the first layer AutoTP has split; one rank for a model it had no reason to split."""
+        from deepspeed.module_inject.layers import LinearAllreduce
+
+        for module in model.modules():
+            if isinstance(module, LinearAllreduce) and module.mp_group is not None:
+                return module.mp_group.rank(), module.mp_group.size()
+        return (0, 1) if self._projections(model) else None
+
+    def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
+        """The projections of every numbered layer, which go by the names of the checkpoint.
+
+        Models over one rank, which AutoTP leaves alone, have plain torch.nn.Linear there.
+        """
+        import torch
+        from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer
+
+        _, ranks = self.ranks(model) or (0, 1)
+        found = []
+        for name, module in self._projections(model).items():
+            sizes: Any = getattr(module, "_partition_sizes", ())
+            if len(set(sizes)) > 1:
+                raise CheckpointError(
+                    f"{name}: DeepSpeed gave the ranks {list(sizes)} features; quantized weights need equal shares "
+                    f"(tensor_parallel.tp_grain_size 1 in its configuration)"
+                )
+            if isinstance(module, QuantizedLinear):
+                out_features, in_features = module.out_features, module.in_features
+            elif isinstance(linear := getattr(module, "linear", None), QuantizedLinear):
+                out_features, in_features = linear.out_features, linear.in_features
+            elif type(module) in (LinearAllreduce, LinearLayer, torch.nn.Linear):
+                weight: Any = module.weight
+                out_features, in_features = weight.shape
+            else:
+                raise CheckpointError(f"{name} is a {type(module).__name__}: quantized weights are not supported there")
+            if isinstance(module, TensorParallel_Layer):
+                split_by_input = isinstance(module, LinearAllreduce)
+                out_features *= 1 if split_by_input else ranks
+                in_features *= ranks if split_by_input else 1
+            parent, _, child = name.rpartition(".")
+            # An engine calls the model it wraps "module".
+            shapes = {name.removeprefix("module."): (out_features, in_features)}
+            found.append(ParallelLinear(name, model.get_submodule(parent), child, module, shapes))
+        return found
+
+    def quantized_layer(
+        self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None
+    ) -> torch.nn.Module:
+        """A subclass of LinearLayer or LinearAllreduce; in the place of a torch.nn.Linear the linear itself."""
+        from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+        from megacomp.patches import deepspeed_layers
+
+        if isinstance(layer, LinearAllreduce):
+            return deepspeed_layers.QuantizedLinearAllreduce(layer, linear, bias)
+        if isinstance(layer, LinearLayer):
+            return deepspeed_layers.QuantizedLinearLayer(layer, linear, bias)
+        linear.register_buffer("bias", bias)
+        return linear
+
+    def _projections(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """Modules called "...3.self_attn.q_proj" and alike, by name."""
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if (match := _LAYER.fullmatch(name)) and _PROJECTION.fullmatch(match["inner"])
         }
 
 

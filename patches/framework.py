@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from megacomp.door import Door
+    from megacomp.gptq import QuantizedLinear
     from megacomp.patches.patch import Patch
+    from megacomp.patches.quantization import ParallelLinear
     from megacomp.policy import Site
 
 __all__ = ["Framework", "UnsupportedVersionError"]
@@ -67,3 +69,24 @@ class Framework(ABC):
     @abstractmethod
     def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
         """The row-parallel layers of `model`, by name, that reduce where no patch sees them, and why."""
+
+    @abstractmethod
+    def ranks(self, model: torch.nn.Module) -> tuple[int, int] | None:
+        """(rank, ranks) of the tensor parallelism `model` is split with; None if it has no layer of this framework."""
+
+    @abstractmethod
+    def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
+        """The linear layers of `model` that quantized ones may replace, quantized ones included.
+
+        Raises CheckpointError for a model whose linears a checkpoint cannot be laid out for, and
+        UnsupportedVersionError where this version's layers cannot be replaced.
+        """
+
+    @abstractmethod
+    def quantized_layer(
+        self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None
+    ) -> torch.nn.Module:
+        """A layer that does what `layer` does with other weights.
+
+        bias: as `layer` adds it; None if it has none.
+        """

@@ -19,8 +19,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megacomp.patches.framework import Framework
+from megacomp.gptq import CheckpointError, QuantizedLinear
+from megacomp.patches.framework import Framework, UnsupportedVersionError
 from megacomp.patches.patch import Patch
+from megacomp.patches.quantization import ParallelLinear
 from megacomp.policy import Site
 
 if TYPE_CHECKING:
@@ -77,12 +79,9 @@ class Megatron(Framework):
 
     def sites(self, model: torch.nn.Module) -> dict[torch.nn.Module, Site]:
         """The row- and column-parallel layers of every TransformerLayer in `model`."""
-        from megatron.core.transformer.transformer_layer import TransformerLayer
-
         found = {}
-        for module in model.modules():
-            if isinstance(module, TransformerLayer):
-                found.update(_sites_of_layer(module))
+        for layer in _transformer_layers(model).values():
+            found.update(_sites_of_layer(layer))
         return found
 
     def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
@@ -93,6 +92,75 @@ class Megatron(Framework):
             if kinds:
                 found[name] = f"{type(module).__name__}: {_BYPASSES[kinds[0]]}"
         return found
+
+    def ranks(self, model: torch.nn.Module) -> tuple[int, int] | None:
+        """Those of the group of the first TransformerLayer's linears."""
+        for layer in _transformer_layers(model).values():
+            for linear in _sites_of_layer(layer):
+                group = _group(getattr(linear, "tp_group", None))
+                return group.rank(), group.size()
+        return None
+
+    def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
+        """The four of every TransformerLayer: attention's in its order of heads, gate and up side by side."""
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+        if "_forward_impl" not in vars(RowParallelLinear):
+            raise UnsupportedVersionError(f"quantized weights need megatron-core 0.14 or later, not {self.version}")
+        found = []
+        for name, layer in _transformer_layers(model).items():
+            config, prefix = layer.config, f"model.layers.{layer.layer_number - 1}"
+            if not config.gated_linear_unit:
+                raise CheckpointError(f"{name}: quantized weights are supported for gated MLPs only")
+            hidden, mlp, head_dim = config.hidden_size, config.ffn_hidden_size, config.kv_channels
+            queries = config.num_attention_heads * head_dim
+            kv_heads = config.num_query_groups or config.num_attention_heads
+            keys = kv_heads * head_dim
+            attention, gated = f"{prefix}.self_attn", f"{prefix}.mlp"
+            _, ranks = self.ranks(layer) or (0, 1)
+            linears: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
+                "self_attention.linear_qkv": (
+                    {
+                        f"{attention}.q_proj": (queries, hidden),
+                        f"{attention}.k_proj": (keys, hidden),
+                        f"{attention}.v_proj": (keys, hidden),
+                    },
+                    kv_heads // ranks,
+                ),
+                "self_attention.linear_proj": ({f"{attention}.o_proj": (hidden, queries)}, 1),
+                "mlp.linear_fc1": ({f"{gated}.gate_proj": (mlp, hidden), f"{gated}.up_proj": (mlp, hidden)}, 1),
+                "mlp.linear_fc2": ({f"{gated}.down_proj": (hidden, mlp)}, 1),
+            }
+            for path, (shapes, blocks) in linears.items():
+                parent_name, _, child = path.partition(".")
+                parent = getattr(layer, parent_name)
+                linear = getattr(parent, child, None)
+                if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+                    raise CheckpointError(
+                        f"{name}.{path} is a {type(linear).__name__}: quantized weights are supported for "
+                        f"ColumnParallelLinear and RowParallelLinear only"
+                    )
+                found.append(ParallelLinear(f"{name}.{path}", parent, child, linear, shapes, blocks))
+        return found
+
+    def quantized_layer(
+        self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None
+    ) -> torch.nn.Module:
+        """A subclass of ColumnParallelLinear or RowParallelLinear that overrides what multiplies."""
+        from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+        from megacomp.patches import megatron_layers
+
+        if isinstance(layer, ColumnParallelLinear):
+            return megatron_layers.QuantizedColumnParallelLinear(layer, linear, bias)
+        return megatron_layers.QuantizedRowParallelLinear(layer, linear, bias)
+
+
+def _transformer_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The TransformerLayers of `model`, itself perhaps, by name."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, TransformerLayer)}
 
 
 def _sites_of_layer(layer: Any) -> dict[torch.nn.Module, Site]:

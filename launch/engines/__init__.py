@@ -16,11 +16,13 @@ from types import ModuleType
 
 import torch
 
+from megacomp.gptq import Order
 from megacomp.launch import distributed
 from megacomp.launch.engines import cpu_host
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.engines.base import Engine, Generation
 from megacomp.launch.engines.checkpoint import Checkpoint
+from megacomp.launch.engines.quantized import QuantizedWeights
 from megacomp.launch.errors import LaunchError
 
 __all__ = ["DTYPES", "ENGINES", "Engine", "Generation", "build", "check"]
@@ -31,23 +33,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _logger = logging.getLogger(__name__)
 
 
-def check(model_dir: str | Path, engine: str = "deepspeed", *, tp: int) -> Architecture:
+def check(
+    model_dir: str | Path, engine: str = "deepspeed", *, tp: int, weights: str | Path | None = None
+) -> Architecture:
     """Everything about a request for a model that can be known before anything is started.
+
+    weights: as `build` takes it.
 
     Raises LaunchError for an unknown or absent engine, a folder without config.json or weights, a model no
     engine computes, weights that do not fit config.json, or a `tp` that does not divide the model's heads.
     """
+    return _check(Path(model_dir), engine, tp, None if weights is None else Path(weights), "tp_aware")[0]
+
+
+def _check(
+    folder: Path, engine: str, tp: int, weights: Path | None, order: Order
+) -> tuple[Architecture, QuantizedWeights | None]:
     if engine not in ENGINES:
         raise LaunchError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
     packages = {"deepspeed": ("deepspeed",), "megatron": ("megatron", "megatron.core")}[engine]
     if any(find_spec(name) is None for name in (*packages, "transformers")):
         raise LaunchError(f"engine {engine} is not installed: pip install 'megacomp[{engine}]'")
-    folder = Path(model_dir)
     architecture = Architecture.read(folder)
     architecture.check_tensor_parallel(tp)
+    quantized = QuantizedWeights.find(folder, weights, architecture, tp, order)
     with Checkpoint(folder) as checkpoint:
-        checkpoint.check(architecture.tensor_shapes())
-    return architecture
+        checkpoint.check(architecture.tensor_shapes(quantized.linears if quantized else ()))
+    return architecture, quantized
 
 
 def build(
@@ -57,25 +69,35 @@ def build(
     tp: int,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    weights: str | Path | None = None,
+    order: Order = "tp_aware",
 ) -> Engine:
     """A Llama, Mistral or Qwen2 model from a local Hugging Face folder, on `tp` ranks, not compressed.
+
+    The folder may be a GPTQ checkpoint, or one that `megacomp convert` has written for `tp` ranks.
 
     Every rank calls this. The ranks are those of the default process group, or of the launcher's
     environment, or this process alone; there must be exactly `tp`.
 
     dtype: float32, bfloat16 or float16, of weights and activations. device: default this rank's GPU, or the
-    CPU where there is none.
+    CPU where there is none. weights: the folder of a GPTQ checkpoint whose linears take the place of the
+    model's own. order: of quantized weights, as in the configuration.
 
     Raises LaunchError as `check` does, and for another dtype or number of ranks; nothing has changed then.
     """
     if dtype not in DTYPES.values():
         raise LaunchError(f"dtype {dtype} is not supported; use {', '.join(DTYPES)}")
-    architecture = check(model_dir, engine, tp=tp)
     folder = Path(model_dir)
+    architecture, quantized = _check(folder, engine, tp, None if weights is None else Path(weights), order)
     place = distributed.default_device() if device is None else torch.device(device)
 
     with Checkpoint(folder) as checkpoint:
-        unused = checkpoint.unused(architecture.tensor_shapes())
+        # What belongs to a quantized linear goes by other names.
+        unused = [
+            name
+            for name in checkpoint.unused(architecture.tensor_shapes())
+            if quantized is None or name.rpartition(".")[0] not in quantized.linears
+        ]
     if unused and distributed.rank() == 0:
         _logger.warning("%s: weights config.json has no place for: %s", folder, ", ".join(unused))
 
@@ -90,7 +112,7 @@ def build(
             # defaults.
             warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
             module = _module(engine, place)
-            return module.build(folder, architecture, hf_config, tp, dtype, place, cleanup)
+            return module.build(folder, architecture, hf_config, tp, dtype, place, cleanup, quantized)
     except BaseException:
         cleanup.close()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,19 @@ class Architecture:
             sliding_window=_sliding_window(raw, model_type),
         )
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight the checkpoint must hold, as transformers names them."""
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of every linear of the decoder layers, which may be quantized, by its name."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.tensor_shapes().items()
+            if name.endswith("_proj.weight")
+        }
+
+    def tensor_shapes(self, quantized: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight the checkpoint must hold, as transformers names them.
+
+        quantized: linears whose tensors are not counted.
+        """
         hidden, mlp = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linears = {
@@ -159,6 +170,8 @@ class Architecture:
             shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
             shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
             for name, (rows, columns, bias) in linears.items():
+                if f"{prefix}{name}" in quantized:
+                    continue
                 shapes[f"{prefix}{name}.weight"] = (rows, columns)
                 if bias:
                     shapes[f"{prefix}{name}.bias"] = (rows,)
@@ -183,8 +196,6 @@ class Architecture:
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    if raw.get("quantization_config") is not None:
-        raise LaunchError("quantization_config: quantized checkpoints are not supported; use bf16, fp16 or fp32")
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if raw.get(key) is not None:
             raise LaunchError(f"{key}: mixture-of-experts models are not supported")

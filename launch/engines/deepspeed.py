@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject import layers
 from packaging.version import Version
 
 from megacomp.launch.engines import cpu_host
 from megacomp.launch.engines._scoped import unchanged
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.engines.base import Engine
+from megacomp.launch.engines.checkpoint import Checkpoint
+from megacomp.launch.engines.quantized import QuantizedWeights
 from megacomp.launch.errors import LaunchError
+from megacomp.patches.deepspeed import DeepSpeed
 
 
 class DeepSpeedEngine(Engine):
@@ -55,10 +60,11 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     cleanup: ExitStack,
+    quantized: QuantizedWeights | None,
 ) -> DeepSpeedEngine:
     """The engine for the checked model in `folder`; a default process group of `tp` ranks is there.
 
-    cleanup: receives what undoes each change of global state.
+    cleanup: receives what undoes each change of global state. quantized: GPTQ weights, checked as well.
     Raises LaunchError if `device` is not of the kind DeepSpeed has chosen (DS_ACCELERATOR), or if this
     transformers does not understand the model's rotary settings.
     """
@@ -66,11 +72,13 @@ def build(
     if device.type != accelerator:
         raise LaunchError(f"device {device} asked for, but DeepSpeed runs on {accelerator} (DS_ACCELERATOR)")
     _check_rope(hf_config, architecture)
-    keyword = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    with _no_progress_bar():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=hf_config, local_files_only=True, **{keyword: dtype}
-        ).eval()
+    if quantized is None:
+        with _no_progress_bar():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, config=hf_config, local_files_only=True, **_dtype(dtype)
+            ).eval()
+    else:
+        model = _without_linears(folder, architecture, hf_config, dtype, quantized.linears).eval()
 
     inference = deepspeed.inference.engine
     cleanup.enter_context(unchanged(deepspeed.comm.comm, "cdb"))
@@ -86,11 +94,45 @@ def build(
         # DeepSpeed would otherwise cut the MLP at multiples of 64 features; so that partials are the same
         # whichever engine makes them, and every rank has equal work, it is cut evenly.
         parallel = {"tp_size": tp, "tp_grain_size": 1}
-        engine = deepspeed.init_inference(model, config={"dtype": dtype, "tensor_parallel": parallel})
+        settings: dict[str, Any] = {"dtype": dtype, "tensor_parallel": parallel}
+        if quantized is not None:
+            # Weights without storage cannot be moved to the device; the others are, once these are replaced.
+            setup.enter_context(unchanged(layers.TensorParallel_Layer, "keep_module_on_host"))
+            settings["keep_module_on_host"] = True
+        engine = deepspeed.init_inference(model, config=settings)
+    if quantized is not None:
+        quantized.install(DeepSpeed(), engine.module, dist.get_rank(), tp)
+        engine.module.to(device)
     if tp > 1:
         cleanup.callback(dist.destroy_process_group, engine.mp_group)
     group: Any = engine.mp_group if tp > 1 else dist.group.WORLD
     return DeepSpeedEngine(engine.module, hf_config, architecture, tp, dtype, device, group, cleanup)
+
+
+def _without_linears(
+    folder: Path, architecture: Architecture, hf_config: Any, dtype: torch.dtype, linears: Collection[str]
+) -> Any:
+    """The transformers model of the folder, whose `linears` have weights without storage ("meta")."""
+    config = copy.deepcopy(hf_config)
+    if hasattr(config, "quantization_config"):
+        # transformers would want the tool that made them.
+        del config.quantization_config
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, **_dtype(dtype))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config)
+    with Checkpoint(folder) as checkpoint:
+        for name in architecture.tensor_shapes(linears):
+            path, _, kind = name.rpartition(".")
+            weight = torch.nn.Parameter(checkpoint.read(name).to(dtype), requires_grad=False)
+            setattr(model.get_submodule(path), kind, weight)
+    model.tie_weights()
+    return model
+
+
+def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword for `dtype` that this transformers understands."""
+    return {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": dtype}
 
 
 def _check_rope(hf_config: Any, architecture: Architecture) -> None:

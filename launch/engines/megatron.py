@@ -23,7 +23,9 @@ from megacomp.launch.engines._scoped import unchanged
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.engines.base import Engine
 from megacomp.launch.engines.checkpoint import Checkpoint
+from megacomp.launch.engines.quantized import QuantizedWeights
 from megacomp.launch.errors import LaunchError
+from megacomp.patches.megatron import Megatron
 
 
 class MegatronEngine(Engine):
@@ -75,26 +77,33 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     cleanup: ExitStack,
+    quantized: QuantizedWeights | None,
 ) -> MegatronEngine:
     """The engine for the checked model in `folder`; a default process group of `tp` ranks is there.
 
-    cleanup: receives what undoes each change of global state.
+    cleanup: receives what undoes each change of global state. quantized: GPTQ weights, checked as well.
     Raises LaunchError if Megatron's parallel state is already set up with another size.
     """
     if device.type == "cpu":
         cleanup.enter_context(cpu_host.megatron_without_cuda())
     cleanup.enter_context(_parallel_state(tp))
     cleanup.enter_context(_inference_rng_tracker())
-    module = _model(architecture, tp, dtype, device).eval().requires_grad_(False)
+    # Dense weights that quantized ones replace are made on the CPU: there, memory never written to costs nothing.
+    on_cpu = quantized is not None or device.type == "cpu"
+    module = _model(architecture, tp, dtype, device, on_cpu).eval().requires_grad_(False)
     rank = parallel_state.get_tensor_model_parallel_rank()
+    if quantized is not None:
+        quantized.install(Megatron(), module, rank, tp)
+    module.to(device=device, dtype=dtype)
     with Checkpoint(folder) as checkpoint:
-        megatron_weights.load(module, checkpoint, architecture, rank, tp)
+        linears = quantized.linears if quantized is not None else frozenset()
+        megatron_weights.load(module, checkpoint, architecture, rank, tp, linears)
     group = parallel_state.get_tensor_model_parallel_group()
     return MegatronEngine(module, hf_config, architecture, tp, dtype, device, group, cleanup)
 
 
-def _model(architecture: Architecture, tp: int, dtype: torch.dtype, device: torch.device) -> GPTModel:
-    """The uninitialised model of this rank, on `device`."""
+def _model(architecture: Architecture, tp: int, dtype: torch.dtype, device: torch.device, on_cpu: bool) -> GPTModel:
+    """The uninitialised model of this rank, for `device`, made there or on the CPU."""
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -115,7 +124,7 @@ def _model(architecture: Architecture, tp: int, dtype: torch.dtype, device: torc
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         attention_softmax_in_fp32=True,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=on_cpu,
         # Every parameter is read from the checkpoint.
         perform_initialization=False,
         # All of these need Transformer Engine, apex or CUDA kernels.
@@ -140,7 +149,7 @@ def _model(architecture: Architecture, tp: int, dtype: torch.dtype, device: torc
     )
     # Megatron's own scaled variant fixes all but one of its parameters.
     model.rotary_pos_emb.inv_freq = architecture.rope.inverse_frequencies(architecture.head_dim).to(device)
-    return model.to(device=device, dtype=dtype)
+    return model
 
 
 @contextmanager

@@ -10,7 +10,7 @@ Each rank reads only its own part: rows of column-parallel matrices, columns of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -25,14 +25,23 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 @torch.no_grad()
-def load(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture, rank: int, tp: int) -> None:
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    rank: int,
+    tp: int,
+    quantized: Collection[str] = (),
+) -> None:
     """Fill every parameter of `model`, rank `rank` of `tp`, from the checkpoint, converting to its dtype.
+
+    quantized: linears, by their names in the checkpoint, that have no parameters: their layers hold them already.
 
     Raises RuntimeError if the model has a parameter the mapping does not know, or the other way round: this
     version of Megatron-core builds something else.
     """
     parameters = dict(model.named_parameters())
-    for name, weight in _Shards(checkpoint, architecture, rank, tp).all():
+    for name, weight in _Shards(checkpoint, architecture, rank, tp, quantized).all():
         parameter = parameters.pop(name, None)
         if parameter is None or parameter.shape != weight.shape:
             found = "no such parameter" if parameter is None else f"shape {list(parameter.shape)}"
@@ -45,11 +54,14 @@ def load(model: nn.Module, checkpoint: Checkpoint, architecture: Architecture, r
 class _Shards:
     """One rank's parameters, made one at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, rank: int, tp: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, rank: int, tp: int, quantized: Collection[str]
+    ) -> None:
         self._checkpoint = checkpoint
         self._architecture = architecture
         self._rank = rank
         self._tp = tp
+        self._quantized = quantized
 
     def all(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "embedding.word_embeddings.weight", self._vocabulary("model.embed_tokens.weight")
@@ -65,30 +77,35 @@ class _Shards:
         mlp = self._part(architecture.intermediate_size)
         heads = self._part(architecture.num_heads * architecture.head_dim)
         yield "input_layernorm.weight", read(f"{prefix}input_layernorm.weight")
-        yield "self_attention.linear_qkv.weight", self._qkv(prefix, "weight")
-        yield "self_attention.linear_proj.weight", read(f"{prefix}self_attn.o_proj.weight", columns=heads)
         yield "pre_mlp_layernorm.weight", read(f"{prefix}post_attention_layernorm.weight")
-        yield "mlp.linear_fc1.weight", self._gate_up(prefix, "weight", mlp)
-        yield "mlp.linear_fc2.weight", read(f"{prefix}mlp.down_proj.weight", columns=mlp)
 
         # Megatron has one switch for all biases but QKV's; where only some are wanted, the others are zero.
-        hidden = torch.zeros(architecture.hidden_size)
         others = architecture.output_bias or architecture.mlp_bias
-        if architecture.qkv_bias:
-            yield "self_attention.linear_qkv.bias", self._qkv(prefix, "bias")
-        elif others:
-            features = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
-            yield "self_attention.linear_qkv.bias", torch.zeros(features // self._tp)
-        if architecture.output_bias:
-            hidden = read(f"{prefix}self_attn.o_proj.bias")
-        if others:
-            yield "self_attention.linear_proj.bias", hidden
-        if architecture.mlp_bias:
-            yield "mlp.linear_fc1.bias", self._gate_up(prefix, "bias", mlp)
-            yield "mlp.linear_fc2.bias", read(f"{prefix}mlp.down_proj.bias")
-        elif others:
-            yield "mlp.linear_fc1.bias", torch.zeros(2 * (mlp.stop - mlp.start))
-            yield "mlp.linear_fc2.bias", torch.zeros(architecture.hidden_size)
+        if f"{prefix}self_attn.q_proj" not in self._quantized:
+            yield "self_attention.linear_qkv.weight", self._qkv(prefix, "weight")
+            if architecture.qkv_bias:
+                yield "self_attention.linear_qkv.bias", self._qkv(prefix, "bias")
+            elif others:
+                features = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
+                yield "self_attention.linear_qkv.bias", torch.zeros(features // self._tp)
+        if f"{prefix}self_attn.o_proj" not in self._quantized:
+            yield "self_attention.linear_proj.weight", read(f"{prefix}self_attn.o_proj.weight", columns=heads)
+            if architecture.output_bias:
+                yield "self_attention.linear_proj.bias", read(f"{prefix}self_attn.o_proj.bias")
+            elif others:
+                yield "self_attention.linear_proj.bias", torch.zeros(architecture.hidden_size)
+        if f"{prefix}mlp.gate_proj" not in self._quantized:
+            yield "mlp.linear_fc1.weight", self._gate_up(prefix, "weight", mlp)
+            if architecture.mlp_bias:
+                yield "mlp.linear_fc1.bias", self._gate_up(prefix, "bias", mlp)
+            elif others:
+                yield "mlp.linear_fc1.bias", torch.zeros(2 * (mlp.stop - mlp.start))
+        if f"{prefix}mlp.down_proj" not in self._quantized:
+            yield "mlp.linear_fc2.weight", read(f"{prefix}mlp.down_proj.weight", columns=mlp)
+            if architecture.mlp_bias:
+                yield "mlp.linear_fc2.bias", read(f"{prefix}mlp.down_proj.bias")
+            elif others:
+                yield "mlp.linear_fc2.bias", torch.zeros(architecture.hidden_size)
 
     def _qkv(self, prefix: str, kind: str) -> torch.Tensor:
         """This rank's query, key and value rows: [groups * (queries per group + 2) * head_dim, ...]."""

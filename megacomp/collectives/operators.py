@@ -54,7 +54,8 @@ def all_reduce_norm(
 
 @all_reduce_norm.register_fake
 def _(x: torch.Tensor, residual: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (residual, x))
+    contiguous = torch.contiguous_format
+    return torch.empty_like(residual, memory_format=contiguous), torch.empty_like(x, memory_format=contiguous)
 
 
 @torch.library.custom_op(

@@ -51,15 +51,16 @@ def test_auto_compiles_on_the_cpu_only_where_rows_are_many():
     assert resolved("reference", 2, "cpu") == "reference"
 
 
-def test_without_a_compiler_auto_falls_back_with_one_logged_reason(monkeypatch, caplog):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/c++",))
+def test_without_a_compiler_auto_falls_back_with_one_logged_reason(caplog):
     compiled.compiler_problem.cache_clear()
     try:
-        codec = codecs.get("mxfp4")
-        for _ in range(3):
-            codec.encode(torch.randn(8, 64))
-        assert sum("no working C++ compiler" in record.message for record in caplog.records) == 1
-        with pytest.raises(RuntimeError, match='backend "compiled": no working C\\+\\+ compiler'):
-            codecs.get("mxfp4", backend="compiled").encode(torch.randn(8, 64))
+        # Not monkeypatch: undoing it would delete the setting, and with it the compiler of every later test.
+        with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",)}):
+            codec = codecs.get("mxfp4")
+            for _ in range(3):
+                codec.encode(torch.randn(8, 64))
+            assert sum("no working C++ compiler" in record.message for record in caplog.records) == 1
+            with pytest.raises(RuntimeError, match='backend "compiled": no working C\\+\\+ compiler'):
+                codecs.get("mxfp4", backend="compiled").encode(torch.randn(8, 64))
     finally:
         compiled.compiler_problem.cache_clear()

@@ -43,7 +43,6 @@ def test_defaults_are_those_of_the_llama_class(tmp_path: Path) -> None:
     [
         ({"model_type": "mixtral"}, "model_type is 'mixtral'; supported are llama, mistral, qwen2"),
         ({"model_type": "absent"}, "model_type is None"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config: quantized checkpoints"),
         ({"num_local_experts": 8}, "num_local_experts: mixture-of-experts"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'; supported are"),

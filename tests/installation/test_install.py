@@ -16,7 +16,9 @@ import torch
 import megacomp
 from megacomp.config import load
 from megacomp.door import Door
+from megacomp.gptq import QuantizedLinear
 from megacomp.patches import Framework, MissingSymbolError, Patch, UnsupportedVersionError
+from megacomp.patches.quantization import ParallelLinear
 from megacomp.policy import Site
 
 MXFP4 = {"megacomp": {"communication": {"codec": "mxfp4"}}}
@@ -53,6 +55,17 @@ class Toy(Framework):
 
     def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
         return {name: "a bypass" for name, module in model.named_modules() if isinstance(module, torch.nn.Bilinear)}
+
+    def ranks(self, model: torch.nn.Module) -> None:
+        return None
+
+    def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
+        return []
+
+    def quantized_layer(
+        self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None
+    ) -> torch.nn.Module:
+        raise NotImplementedError
 
 
 @pytest.fixture

@@ -127,8 +127,8 @@ def tiles(operation: str, format: BlockFormat, features: int) -> list[Tile]:
     if operation != "decode_sum" and needs_whole_rows(format):
         shapes = [(row, row)] if format.scale.bits < 8 else [(row, row), (4 * row, row)]
     longest = longest_piece(format)
-    # As many pieces as a block of 128 has: more take long in the interpreter.
-    pieces = [length for length in (longest, 16, 8, 4, 2, 1) if format.block_size // 16 <= length <= longest]
+    # More pieces take long in the interpreter; the tests of shapes have more.
+    pieces = [length for length in (longest, 16, 8, 4, 2, 1) if format.block_size // 8 <= length <= longest]
     found = {Tile(*shapes[index % len(shapes)], piece) for index, piece in enumerate(pieces)}
     found |= {Tile(*shape, pieces[0]) for shape in shapes}
     found |= {guess(operation, format, layout, rows, torch.bfloat16, processors=132).tile for rows in (1, 2**20)}

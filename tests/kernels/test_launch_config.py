@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(launching, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(launching, "_current_gpu", lambda: 0)
-    monkeypatch.setattr(launching, "_processors", lambda gpu: 132)
+    monkeypatch.setattr(launching, "gpu_processors", lambda gpu: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     launching.forget()
     yield tmp_path / "cache" / "megacomp" / "kernels" / "nvidia-test-9000.json"

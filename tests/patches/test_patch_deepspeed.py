@@ -25,6 +25,7 @@ LAYERS_MODULE = "deepspeed.module_inject.layers"
 PATCHED = {
     "deepspeed.init_inference",
     f"{LAYERS_MODULE}.LinearAllreduce.forward",
+    "megacomp.patches.deepspeed_layers.QuantizedLinearAllreduce.forward",
     f"{LAYERS_MODULE}.RowParallel.forward",
 }
 

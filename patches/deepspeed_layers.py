@@ -1,0 +1,46 @@
+"""DeepSpeed AutoTP's parallel linear layers over quantized weights. Imported only where DeepSpeed is in use."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, RowParallel
+
+from megacomp.gptq import QuantizedLinear
+from megacomp.patches.adopting import adopt
+
+__all__ = ["QuantizedLinearAllreduce", "QuantizedLinearLayer"]
+
+
+class QuantizedLinearLayer(LinearLayer):
+    """LinearLayer (split by outputs) with `linear` in place of its weight; inference only."""
+
+    def __init__(self, replaced: LinearLayer, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
+        adopt(self, replaced)
+        self.linear = linear
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = self.linear(input)
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        return f"bias={self.bias is not None}"
+
+
+class QuantizedLinearAllreduce(LinearAllreduce):
+    """LinearAllreduce (split by inputs) with `linear` in place of its weight; inference only.
+
+    Its reduction is LinearAllreduce's own, so a patch of RowParallel.forward meets it too.
+    """
+
+    def __init__(self, replaced: LinearAllreduce, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
+        adopt(self, replaced)
+        self.linear = linear
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = RowParallel.apply(self.mp_group, self.linear(input), not self.is_training_mode())
+        return output if self.bias is None else output + self.bias
+
+    def extra_repr(self) -> str:
+        return f"bias={self.bias is not None}"
