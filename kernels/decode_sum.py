@@ -162,6 +162,7 @@ def decode_sum_tile(
 def _add_decoded(totals, wire, index, exists, format: tl.constexpr, layout: tl.constexpr, tile: tl.constexpr):
     """Twin of ``_decode``, added to ``totals`` (none before the first peer)."""
     element: tl.constexpr = format.element
+    stored: tl.constexpr = format.scale
     count: tl.constexpr = format.block_size // tile.piece
     planes = ()
     for plane in tl.static_range(len(element.planes)):
@@ -170,17 +171,17 @@ def _add_decoded(totals, wire, index, exists, format: tl.constexpr, layout: tl.c
             load_bytes(source, count * element.planes[plane] // 8, tile.piece, exists, layout.access_bytes),
         )
     if format.scale.power_of_two:
-        scale = exponent_value(_load_exponents(wire, index, exists, format.scale, layout), format.scale)
+        scale = exponent_value(_load_exponents(wire, index, exists, stored, layout), stored)
     else:
-        scale = scale_value(_load_scales(wire + layout.scales[0], index, exists, format.scale), format.scale)
+        scale = scale_value(_load_scales(wire + layout.scales[0], index, exists, stored), stored)
         if format.scale.row_relative:
             scale = scale * tl.load((wire + layout.row_scale).to(tl.pointer_type(tl.float32)), exists, 0.0)
     minimum = scale
     if format.asymmetric:
-        minimum = scale_value(_load_scales(wire + layout.minimums, index, exists, format.scale), format.scale)
+        minimum = scale_value(_load_scales(wire + layout.minimums, index, exists, stored), stored)
     sums = ()
     for piece in tl.static_range(count):
-        codes = unpack_codes(planes, piece, count, element.planes, element.plane_shifts)
+        codes = unpack_codes(planes, piece, count, element)
         if format.asymmetric:
             # The bits of 2**23 + code: no conversion instruction.
             steps = (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megacomp.kernels.packing import plane_shifts, plane_widths
+from megacomp.kernels.packing import Packed
 
 __all__ = ["ELEMENTS", "FloatElement", "IntElement", "dequantize_codes", "quantize_codes", "round_to_element"]
 
@@ -34,7 +34,7 @@ def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class FloatElement:
+class FloatElement(Packed):
     """A minifloat: sign, ``exponent_bits``, ``mantissa_bits``, subnormals, no code wasted on Inf.
 
     Attributes:
@@ -61,16 +61,6 @@ class FloatElement:
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number (and of the subnormals): 1 - bias."""
         return 2 - 2 ** (self.exponent_bits - 1)
-
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Widths of the planes its codes are packed in."""
-        return plane_widths(self.bits)
-
-    @property
-    def plane_shifts(self) -> tuple[int, ...]:
-        """The lowest bit of each plane."""
-        return plane_shifts(self.bits)
 
     @property
     def max_exponent(self) -> int:
@@ -145,7 +135,7 @@ class FloatElement:
 
 
 @dataclass(frozen=True)
-class IntElement:
+class IntElement(Packed):
     """A signed integer in offset binary (code 0 is the lowest value).
 
     Attributes:
@@ -164,16 +154,6 @@ class IntElement:
     @property
     def name(self) -> str:
         return f"int{self.bits}"
-
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Widths of the planes its codes are packed in."""
-        return plane_widths(self.bits)
-
-    @property
-    def plane_shifts(self) -> tuple[int, ...]:
-        """The lowest bit of each plane."""
-        return plane_shifts(self.bits)
 
     @property
     def max_exponent(self) -> int:

@@ -344,10 +344,11 @@ def _negated(pieces):
 @triton.jit
 def _error(pieces, inverse, format: tl.constexpr):
     """Twin of ``_block_error`` of ``pieces * inverse``."""
+    element: tl.constexpr = format.element
     total = tl.zeros_like(pieces[0])
     for piece in tl.static_range(len(pieces)):
         y = pieces[piece] * inverse[:, None]
-        error = y - round_to_element(y, format.element)
+        error = y - round_to_element(y, element)
         error = tl.minimum(tl.abs(error), format.largest_error / format.error_resolution)
         # Both products are exact, so fusing them with the additions rounds no differently.
         steps = tl.fma(error, format.error_resolution, ROUNDING) - ROUNDING
@@ -399,12 +400,13 @@ def _scale_bits(pieces, highest, amax, row_scale, format: tl.constexpr):
 @triton.jit
 def _candidate(wanted, row_scale, inverse_row_scale, format: tl.constexpr):
     """(bits, value) of the scale that stores ``wanted``."""
+    scale: tl.constexpr = format.scale
     if format.scale.row_relative:
-        bits = round_scale(wanted * inverse_row_scale, format.scale)
-        return bits, scale_value(bits, format.scale) * row_scale
+        bits = round_scale(wanted * inverse_row_scale, scale)
+        return bits, scale_value(bits, scale) * row_scale
     else:
-        bits = round_scale(wanted, format.scale)
-        return bits, scale_value(bits, format.scale)
+        bits = round_scale(wanted, scale)
+        return bits, scale_value(bits, scale)
 
 
 @triton.jit
@@ -414,7 +416,8 @@ def _asymmetric_bits(highest, lowest, format: tl.constexpr):
     highest = tl.minimum(tl.maximum(highest, -limit), limit)
     lowest = tl.minimum(tl.maximum(lowest, -limit), limit)
     step: tl.constexpr = 1 / (2.0**format.element.bits - 1)
-    return round_scale(highest * step - lowest * step, format.scale), round_scale(lowest, format.scale)
+    scale: tl.constexpr = format.scale
+    return round_scale(highest * step - lowest * step, scale), round_scale(lowest, scale)
 
 
 @triton.jit
@@ -448,9 +451,10 @@ def _store_codes(
     wire, codes, zero_code: tl.constexpr, finite, index, exists, format: tl.constexpr, layout: tl.constexpr
 ):
     """Packs and writes the codes, planes of zeros for blocks that are not finite."""
+    element: tl.constexpr = format.element
     for plane in tl.static_range(len(format.element.planes)):
         target = wire + layout.planes[plane] + index * (format.block_size * format.element.planes[plane] // 8)
-        _store_plane(target, codes, zero_code, finite, exists, format.element, plane, layout.access_bytes)
+        _store_plane(target, codes, zero_code, finite, exists, element, plane, layout.access_bytes)
 
 
 @triton.jit

@@ -8,12 +8,13 @@ bits: a vector register then packs its halves with one shift, where interleaved 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["pack", "pack_codes", "pieces_per_block", "plane_shifts", "plane_widths", "unpack", "unpack_codes"]
+__all__ = ["Packed", "pack", "pack_codes", "pieces_per_block", "plane_widths", "unpack", "unpack_codes"]
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
@@ -21,10 +22,24 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
-def plane_shifts(bits: int) -> tuple[int, ...]:
-    """The lowest bit of each plane of a ``bits``-wide code: 6 -> (0, 4)."""
-    widths = plane_widths(bits)
-    return tuple(sum(widths[:plane]) for plane in range(len(widths)))
+class _HasBits(Protocol):
+    @property
+    def bits(self) -> int: ...
+
+
+class Packed:
+    """What is packed into planes: a format of ``bits`` bits."""
+
+    @property
+    def planes(self: _HasBits) -> tuple[int, ...]:
+        """Widths of the planes of its codes."""
+        return plane_widths(self.bits)
+
+    @property
+    def plane_shifts(self: _HasBits) -> tuple[int, ...]:
+        """The lowest bit of each plane: 6 bits -> (0, 4)."""
+        widths = plane_widths(self.bits)
+        return tuple(sum(widths[:plane]) for plane in range(len(widths)))
 
 
 def pieces_per_block(bits: int) -> int:
@@ -133,16 +148,17 @@ def _field(code, surplus: tl.constexpr, shift: tl.constexpr, width: tl.constexpr
 
 
 @triton.jit
-def unpack_codes(planes, piece: tl.constexpr, pieces: tl.constexpr, widths: tl.constexpr, shifts: tl.constexpr):
+def unpack_codes(planes, piece: tl.constexpr, pieces: tl.constexpr, element: tl.constexpr):
     """Twin of ``unpack`` for one piece of ``pieces``: its codes, int32 ``[blocks, length]``.
 
     Args:
         planes: for each plane the tuple of the pieces of its bytes, uint8 ``[blocks, length]``.
-        widths, shifts: of the planes.
+        element: whose codes they are.
     """
     code = tl.zeros(planes[0][0].shape, tl.int32)
-    for plane in tl.static_range(len(widths)):
-        code = code | (_unpack_field(planes[plane], piece, pieces, widths[plane]) << shifts[plane])
+    for plane in tl.static_range(len(element.planes)):
+        field = _unpack_field(planes[plane], piece, pieces, element.planes[plane])
+        code = code | (field << element.plane_shifts[plane])
     return code
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megacomp.kernels.packing import plane_shifts, plane_widths
+from megacomp.kernels.packing import Packed
 
 __all__ = ["SCALES", "PowerOfTwoScale", "RealScale"]
 
@@ -28,7 +28,7 @@ SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @dataclass(frozen=True)
-class PowerOfTwoScale:
+class PowerOfTwoScale(Packed):
     """An exponent of ``bits`` bits, biased by ``bias``; code ``2**bits - 1`` is NaN."""
 
     name: str
@@ -36,16 +36,6 @@ class PowerOfTwoScale:
     bias: int
     power_of_two: ClassVar[bool] = True
     row_relative: ClassVar[bool] = False
-
-    @property
-    def planes(self) -> tuple[int, ...]:
-        """Widths of the planes its codes are packed in."""
-        return plane_widths(self.bits)
-
-    @property
-    def plane_shifts(self) -> tuple[int, ...]:
-        """The lowest bit of each plane."""
-        return plane_shifts(self.bits)
 
     @property
     def nan_code(self) -> int:
