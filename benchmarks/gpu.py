@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu [--quick] [--tune] [--out DIR]
 
-Needs torch and triton, and nothing installed. Under 8 minutes on an H200, --quick under 1.5.
+Needs torch and triton, and nothing installed. Meant to take under 10 minutes on an H200, --quick under 2.5.
 
 1. Every kernel against its definition in PyTorch on the CPU, on fresh random data: bit for bit, as every backend has
    the definition's float32 arithmetic; decode_sum against a sum in float64 as well. Then messages of more than 2**31
@@ -13,6 +13,7 @@ Needs torch and triton, and nothing installed. Under 8 minutes on an H200, --qui
    of at least eight calls that rotate through sets of buffers four times as large as the L2 cache; ``eager_us`` is
    without the graph. Copies and kernels alternate; the clocks are warmed up before.
 4. The same at 64 MiB beside torch.compile of the definition, and a 4 KiB message.
+5. dequant_gemm, checked and timed beside bf16, without communication (gpu_gemm.py).
 
 The result is written to DIR/<gpu>/kernels.json (DIR: benchmarks/results), anew after every step. The exit code is 1 if
 a check failed, 2 if there is nothing to run on; missed aims are no failure.
@@ -38,6 +39,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_gemm
 from benchmarks.gpu_worker import nvidia_smi, operations, write_json
 from megacomp import codecs
 from megacomp.kernels.launch_config import launch_problem, slug
@@ -60,6 +62,9 @@ CHECKED = (
     '{"format": "int", "bits": 7, "block_size": 16, "scale": "bf16", "symmetric": false, "rotation": 64}',
 )
 FEATURES = 4096
+GEMM_SECONDS = 120
+"""No GEMM is begun that long after the first; meant to be enough, compiling included."""
+
 LARGE = 64
 """MiB from which the aims hold, and the size at which torch.compile is measured."""
 
@@ -171,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             timings.append(run_timing(workers, plan, specs, options.tune, seconds))
             result |= merge(timings)
             write_json(path, result)
+        say("checking and timing dequant_gemm")
+        result["gemm"] = run_gemm(workers, plan, options.quick)
+        write_json(path, result)
     result["aims"] = aims(result["cases"], result["small"])
     result["seconds"] = round(time.monotonic() - start, 1)
     write_json(path, result)
@@ -288,6 +296,34 @@ def run_timing(workers: Workers, plan: Plan, specs: list[str], tune: bool, secon
     return workers.run(job, seconds + 90)
 
 
+def run_gemm(workers: Workers, plan: Plan, quick: bool, device: str = "cuda") -> dict[str, Any]:
+    """Checks of dequant_gemm, in processes beside each other, as each compiles kernels; then, alone, times."""
+    seed = int.from_bytes(os.urandom(3), "big")
+    grid = gpu_gemm.check_grid(quick)
+    jobs: list[dict[str, Any]] = [
+        {"kind": "gemm_check", "device": device, "seed": seed + 100 * number, "cases": list(cases)}
+        for number, (_, cases) in enumerate(itertools.groupby(grid, key=lambda case: (case["bits"], case["dtype"])))
+    ]
+    checks = []
+    with ThreadPoolExecutor(max(1, min(len(jobs), len(os.sched_getaffinity(0)) - 1))) as pool:
+        for job, found in zip(jobs, pool.map(lambda job: workers.run(job, 180.0), jobs), strict=True):
+            checks += complete(job["cases"], found)
+    job = {"kind": "gemm_time", "grid": gpu_gemm.time_grid(quick), "repeats": plan.repeats, "seconds": GEMM_SECONDS}
+    timed = workers.run({**job, "threads": 4}, GEMM_SECONDS + 60)
+    gemms, mlps = timed.get("gemms", []), timed.get("mlps", [])
+    return {
+        "note": gpu_gemm.NOTE,
+        "all_gather_model": gpu_gemm.ALL_GATHER_MODEL,
+        "method": (gpu_gemm.__doc__ or "").partition("\n\n")[2],
+        "checks": checks,
+        "gemms": gemms,
+        "mlps": mlps,
+        "aims": gemm_aims(gemms),
+        "skipped": timed.get("skipped", []),
+        "errors": [timed["error"]] if timed["error"] else [],
+    }
+
+
 def merge(timings: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The results of all jobs as one."""
     merged: dict[str, Any] = {name: [] for name in ("clocks", "tuning", "cases", "small", "skipped", "errors")}
@@ -316,6 +352,25 @@ def aims(cases: Sequence[dict[str, Any]], small: Sequence[dict[str, Any]]) -> li
     return found
 
 
+def gemm_aims(gemms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As of ``aims``. A shard is one of at least two ranks' parts."""
+    few = [
+        (case["times_bf16"], gemm_where(case))
+        for case in gemms
+        if case["model"] == "Llama-70B" and case["ranks"] > 1 and case["rows"] <= gpu_gemm.FEW_ROWS
+    ]
+    many = [(case["times_bf16"], gemm_where(case)) for case in gemms if case["rows"] == gpu_gemm.LARGE_ROWS]
+    return [
+        _aim("dequant_gemm, 1 to 16 rows, Llama-70B shards: at least 3 times as fast as bf16", few, least=3),
+        _aim("dequant_gemm, 4096 rows: at most 10 % slower than bf16", many, least=1 / 1.1),
+    ]
+
+
+def gemm_where(case: dict[str, Any]) -> str:
+    """Which linear, or MLP, it was, in words."""
+    return f"{case['model']}, TP {case['ranks']}, {case.get('linear', 'MLP')}, {case['rows']} rows"
+
+
 def _aim(
     aim: str, figures: Sequence[tuple[float | None, str]], least: float | None = None, most: float | None = None
 ) -> dict[str, Any]:
@@ -342,9 +397,10 @@ def where(case: dict[str, Any]) -> str:
 
 def failures(result: dict[str, Any]) -> list[str]:
     """A line for every check that failed: of the checks, of the transport, of what was timed."""
+    gemm = result.get("gemm", {"checks": [], "gemms": [], "mlps": [], "errors": []})
     lines = [
         f"{where(check)}: {check['error'] or describe_wrong(check)}"
-        for check in result["checks"]
+        for check in [*result["checks"], *gemm["checks"]]
         if check["passed"] is False
     ]
     transport = result.get("transport")
@@ -354,7 +410,12 @@ def failures(result: dict[str, Any]) -> list[str]:
     lines += [
         f"{where(case)}: {case['error']}" for case in result["cases"] if case["error"] and not out_of_memory(case)
     ]
-    return lines + [f"timing: {error}" for error in result["errors"]]
+    lines += [
+        f"dequant_gemm, {gemm_where(case)}: {case['error']}"
+        for case in [*gemm["gemms"], *gemm["mlps"]]
+        if case["error"] and not out_of_memory(case)
+    ]
+    return lines + [f"timing: {error}" for error in [*result["errors"], *gemm["errors"]]]
 
 
 def describe_wrong(check: dict[str, Any]) -> str:
@@ -371,8 +432,9 @@ def codecs_named(specs: Iterable[str]) -> list[str]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints what was found, as tables where rich is installed."""
-    passed = sum(check["passed"] is True for check in result["checks"])
-    say(f"{passed} of {len(result['checks'])} checks passed")
+    gemm = result["gemm"]
+    checks = [*result["checks"], *gemm["checks"]]
+    say(f"{sum(check['passed'] is True for check in checks)} of {len(checks)} checks passed")
     for headings, rows in tables(result["cases"]):
         table(headings, rows)
     small = [
@@ -384,10 +446,27 @@ def show(result: dict[str, Any]) -> None:
     ]
     table(("4 KiB message, us in a graph", "encode", "decode_sum of 2", "both"), small)
     verdicts = {True: "met", False: "missed", None: "open"}
-    rows = [[aim["aim"], verdicts[aim["met"]], shown(aim["worst"]), aim["where"] or ""] for aim in result["aims"]]
+    for kind, heading, names in (
+        ("gemms", "GEMM of one rank", ("int4", "bf16", "bf16_untransposed")),
+        ("mlps", f"MLP of one rank ({gpu_gemm.NOTE})", ("tp_aware", "replicated", "bf16")),
+    ):
+        rows = [
+            [
+                gemm_where(case),
+                *(shown((case["contenders"] or {}).get(name, {}).get("median_us")) for name in names),
+                "" if case["times_bf16"] is None else f"{case['times_bf16']:.2f}",
+            ]
+            for case in gemm[kind]
+        ]
+        table((heading, *(f"{name} us" for name in names), "x bf16"), rows)
+    rows = [
+        [aim["aim"], verdicts[aim["met"]], shown(aim["worst"]), aim["where"] or ""]
+        for aim in [*result["aims"], *gemm["aims"]]
+    ]
     table(("aim", "", "worst", "where"), rows)
-    if result["skipped"]:
-        say(f"skipped {len(result['skipped'])} measurements for lack of time, listed in the file")
+    skipped = [*result["skipped"], *gemm["skipped"]]
+    if skipped:
+        say(f"skipped {len(skipped)} measurements for lack of time, listed in the file")
 
 
 def tables(cases: Sequence[dict[str, Any]]) -> Iterable[tuple[list[str], list[list[str]]]]:

@@ -32,7 +32,15 @@ def main(job_file: str, result_file: str) -> None:
         write_json(Path(result_file), result)
 
     torch.set_num_threads(int(job.get("threads", 1)))
-    {"check": check, "large": check_large, "time": measure, "transport": transport}[job["kind"]](job, write)
+    kinds: dict[str, Callable[[Mapping[str, Any], Write], None]] = {
+        "check": check,
+        "large": check_large,
+        "time": measure,
+        "transport": transport,
+        "gemm_check": check_gemm,
+        "gemm_time": measure_gemm,
+    }
+    kinds[job["kind"]](job, write)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -176,6 +184,44 @@ def transport(job: Mapping[str, Any], write: Write) -> None:
     from benchmarks import gpu_transport
 
     write({"transport": gpu_transport.check_transport()})
+
+
+def check_gemm(job: Mapping[str, Any], write: Write) -> None:
+    """``job``: device, seed, and cases of ``gpu_gemm.check_grid``. Result: ``checks``."""
+    from benchmarks import gpu_gemm
+
+    device = torch.device(job["device"])
+    checks: list[dict[str, Any]] = []
+    for number, case in enumerate(job["cases"]):
+        checks.append(gpu_gemm.check(case, device, job["seed"] + number))
+        write({"checks": checks})
+        if device.type == "cuda" and kernel_bench.context_is_lost():
+            return
+
+
+def measure_gemm(job: Mapping[str, Any], write: Write) -> None:
+    """``job``: grid, as of ``gpu_gemm.time_grid``, repeats, and seconds: nothing is begun after that.
+
+    Result: ``gemms`` and ``mlps``, as of ``gpu_gemm.time_mlp``, and ``skipped``, what there was no time for.
+    """
+    from benchmarks import gpu_gemm
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    end = time.monotonic() + job["seconds"]
+    result: dict[str, Any] = {"gemms": [], "mlps": [], "skipped": []}
+    kernel_bench.warm_up(device)
+    for model, ranks, rows in job["grid"]:
+        if time.monotonic() >= end or kernel_bench.context_is_lost():
+            result["skipped"].append(f"MLP of {model}, TP {ranks}")
+            continue
+        try:
+            for kind, found in gpu_gemm.time_mlp(model, ranks, rows, device, job["repeats"]):
+                result[kind].append(found)
+                write(result)
+        except Exception as error:  # out of memory for the weights: fewer of them may do
+            failed = {"model": model, "ranks": ranks, "linear": "", "rows": 0, "error": describe_error(error)}
+            result["gemms"].append({**failed, "contenders": None, "times_bf16": None})
+    write(result)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ VALUES_PER_SLICE = 2**20
 
 TRITON_MAX_ROWS = 256
 """Beyond, a GPU dequantizes once and multiplies densely instead of dequantizing for each tile of rows: a guess, not
-measured yet. At 4096 rows of bf16 an H200 would spend 5 % of the time on it (by its bandwidth and peak compute)."""
+measured yet. By its bandwidth and peak compute an H200 would spend 5 % of 4096 rows of bf16 on that."""
 
 
 class Int4Pack:
@@ -97,7 +97,7 @@ def dequant_gemm_definition(x: torch.Tensor, weight: GroupedWeight) -> torch.Ten
 def resolve_gemm_backend(backend: str, x: torch.Tensor, weight: GroupedWeight, int4pack: Int4Pack | None) -> str:
     """What multiplies.
 
-    ``"reference"``; ``"triton"`` (on GPUs, few rows); ``"dense"`` (dequantize, then the device's own GEMM);
+    ``"reference"``; ``"triton"`` (on GPUs); ``"dense"`` (dequantize, then the device's own GEMM);
     ``"compiled"`` (the same with a compiled dequantization); ``"int4pack"`` (PyTorch's int4 GEMM for CPUs).
 
     Raises:
@@ -108,7 +108,7 @@ def resolve_gemm_backend(backend: str, x: torch.Tensor, weight: GroupedWeight, i
     if backend == "triton" and (problem := device_problem(x.device)) is not None:
         raise RuntimeError(f'backend "triton": {problem}')
     if backend == "triton" or (backend == "auto" and x.device.type == "cuda" and device_problem(x.device) is None):
-        return "triton" if len(x) <= TRITON_MAX_ROWS else "dense"
+        return "triton"
     if x.device.type != "cpu":
         return "dense"
     if backend == "auto":
@@ -245,7 +245,12 @@ def guess_gemm(rows: int, weight: GroupedWeight, processors: int) -> GemmLaunch:
 
 
 def _dequant_gemm_triton(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
-    """Sums of a split are added in order by a second kernel: every call gives the same bits."""
+    """Few rows multiply codes, many a weight that is dequantized before.
+
+    Sums of split inputs are added in order by a second kernel: every call gives the same bits.
+    """
+    if len(x) > TRITON_MAX_ROWS:
+        return _gather(x, weight) @ _dequantize_triton(weight, x.dtype)
     rows, outputs = len(x), weight.out_features
     result = x.new_empty(rows, outputs)
     if rows == 0:
@@ -314,14 +319,53 @@ def _dequant_gemm_kernel(
         else:
             word_group = word // group_words if group_words > 0 else tl.load(word_groups + word, word < words, 0)
             group = word_group[:, None] * out_features + output[None, :]
-            zero = tl.reshape(_load_zeros(zeros, group, word_exists, bits), (block_words, 1, block_outputs))
-            scale = tl.reshape(tl.load(scales + group, word_exists, 0.0), (block_words, 1, block_outputs))
-            weight = (code - (8388608.0 + zero)) * scale.to(tl.float32)
+            weight = _scaled(code, scales, zeros, group, word_exists, bits)
             total += _dot(inputs, tl.reshape(weight, (block_inputs, block_outputs)))
     target = out + row.to(tl.int64)[:, None] * out_features + output[None, :]
     if splits > 1:
         target += tl.program_id(2).to(tl.int64) * rows * out_features
     tl.store(target, round_to(total, out.dtype.element_ty), row_exists & output_exists[None, :])
+
+
+def _dequantize_triton(weight: GroupedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Twin of :func:`dequantize`, bit for bit."""
+    words, outputs = weight.codes.shape
+    dense = torch.empty(weight.rows, outputs, dtype=dtype, device=weight.codes.device)
+    group_words = 0 if weight.word_groups is not None else words // len(weight.scales)
+    with on_device_of(weight.codes):
+        _dequantize_kernel[(triton.cdiv(words, 4), triton.cdiv(outputs, 256))](
+            weight.codes, weight.scales, weight.zeros, weight.word_groups, dense, outputs, words,
+            weight.bits, group_words, block_words=4, block_outputs=256, enable_fp_fusion=False,
+        )  # fmt: skip
+    return dense
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, zeros, word_groups, out, out_features, words,
+    bits: tl.constexpr, group_words: tl.constexpr, block_words: tl.constexpr, block_outputs: tl.constexpr,
+):  # fmt: skip
+    word = tl.program_id(0) * block_words + tl.arange(0, block_words)
+    output = tl.program_id(1) * block_outputs + tl.arange(0, block_outputs)
+    exists = (word < words)[:, None] & (output < out_features)[None, :]
+    packed = tl.load(codes + word.to(tl.int64)[:, None] * out_features + output[None, :], exists, 0)
+    word_group = word // group_words if group_words > 0 else tl.load(word_groups + word, word < words, 0)
+    group = word_group[:, None] * out_features + output[None, :]
+    for slot in tl.static_range(32 // bits):
+        code = (packed >> (slot * bits)) & (2**bits - 1)
+        code = tl.reshape((code | 0x4B000000).to(tl.float32, bitcast=True), (block_words, 1, block_outputs))
+        weight = tl.reshape(_scaled(code, scales, zeros, group, exists, bits), (block_words, block_outputs))
+        row = word.to(tl.int64) * (32 // bits) + slot
+        tl.store(out + row[:, None] * out_features + output[None, :], round_to(weight, out.dtype.element_ty), exists)
+
+
+@triton.jit
+def _scaled(code, scales, zeros, group, exists, bits: tl.constexpr):
+    """float32 weights ``[words, slots, outputs]`` of 2**23 + codes; ``group``: of each word, ``[words, outputs]``."""
+    zero = _load_zeros(zeros, group, exists, bits)
+    scale = tl.load(scales + group, exists, 0.0).to(tl.float32)
+    shape: tl.constexpr = (group.shape[0], 1, group.shape[1])
+    return (code - (8388608.0 + tl.reshape(zero, shape))) * tl.reshape(scale, shape)
 
 
 @triton.jit

@@ -76,6 +76,19 @@ def test_compiled_dequantization_is_the_definition(bits: int, group_size: int, s
     assert torch.equal(dequant_gemm(x, weight, "compiled"), dequant_gemm_definition(x, weight))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [0, 60], ids=["equal groups", "unequal groups"])
+def test_many_rows_multiply_weights_that_the_kernel_dequantizes(dtype: torch.dtype, start: int) -> None:
+    for bits, symmetric in ((4, False), (8, True)):
+        weight, _ = _weight(bits, symmetric=symmetric, start=start)
+        # A product with the identity shows the weights themselves, bit for bit.
+        eye = torch.eye(weight.rows, IN - start, dtype=dtype)
+        eye = torch.cat([eye, eye.new_zeros(kernel.TRITON_MAX_ROWS, IN - start)])
+        y = dequant_gemm(eye, weight, "triton")
+        gathered = eye if weight.input_index is None else eye[:, weight.input_index]
+        assert torch.equal(y, (gathered.float() @ dequantize(weight, dtype).float()).to(dtype))
+
+
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric"), [(4, 32, True), (4, 128, False), (8, 64, False), (4, -1, True)]
 )
