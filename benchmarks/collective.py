@@ -1,6 +1,6 @@
 """A compressed all_reduce of 32 MiB against the plain one, codec by codec, over the ranks of a launcher.
 
-OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --module benchmarks.collective --out benchmarks/results/collective-loopback.json
+OMP_NUM_THREADS=1 deepspeed --num_gpus 2 --module benchmarks.collective --out FILE.json
 
 One message at a time and with other sizes: `megacomp bench collective`.
 """
