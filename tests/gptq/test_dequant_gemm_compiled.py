@@ -21,7 +21,9 @@ def empty(*shape, dtype=torch.int32):
 
 inputs, outputs = 8192, 3584
 kernels = []
-for architecture, rows, ordered in itertools.product(ARCHITECTURES, (1, 16, 64, 4096), (True, False)):
+cases = [*itertools.product(ARCHITECTURES, (1, 16, 64, 4096), (True,))]
+cases += itertools.product((90,), (1, 64, 4096), (False,))
+for architecture, rows, ordered in cases:
     groups = inputs // 128
     weight = GroupedWeight(
         empty(inputs // 8, outputs),
@@ -63,7 +65,7 @@ def kernels():
 
 def test_few_rows_are_summed_in_two_steps_and_many_in_one(kernels):
     steps = {rows: sum(kernel["rows"] == rows for kernel in kernels) for rows in (1, 16, 64, 4096)}
-    assert steps == {1: 12, 16: 12, 64: 6, 4096: 6}
+    assert steps == {1: 8, 16: 6, 64: 4, 4096: 4}
 
 
 def test_nothing_spills_and_shared_memory_suffices(kernels):
@@ -74,5 +76,5 @@ def test_nothing_spills_and_shared_memory_suffices(kernels):
 
 def test_tensor_cores_multiply(kernels):
     products = [kernel for kernel in kernels if kernel["kernel"].startswith("dequant_gemm")]
-    assert len(products) == 18
+    assert len(products) == 11
     assert all(kernel["matrix_instructions"] for kernel in products)

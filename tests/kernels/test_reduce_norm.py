@@ -165,7 +165,7 @@ class TestKernel:
         residual = hard_values(rows, features, torch.bfloat16, seed=3)
         assert_same(spec, wires_of(spec, 2, rows, features, hard=True), residual, "triton")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(
         spec=st.sampled_from(SPECS),
         dtype=st.sampled_from(DTYPES),

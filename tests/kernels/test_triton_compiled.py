@@ -19,11 +19,11 @@ SHORT_LAST_BLOCK = 2568
 
 CASES = [
     *((*operation, spec, HIDDEN, sm) for operation in OPERATIONS for spec in HOT for sm in ARCHITECTURES),
-    *((*operation, spec, SHORT_LAST_ROTATION, 90) for operation in OPERATIONS for spec in HOT),
-    *((*operation, spec, SHORT_LAST_BLOCK, 90) for operation in OPERATIONS for spec in (HOT[0], HOT[3])),
+    *((*operation, spec, SHORT_LAST_ROTATION, 90) for operation in OPERATIONS[:2] for spec in HOT),
+    *((*operation, spec, SHORT_LAST_BLOCK, 90) for operation in OPERATIONS[:2] for spec in (HOT[0], HOT[3])),
     *(
         (*operation, spec, HIDDEN, 90)
-        for operation in OPERATIONS[:2]
+        for operation in OPERATIONS[:1]
         for spec in (
             *(name for name in codecs.presets() if name not in HOT),
             json.dumps({"preset": "mxfp4", "scale": "e5m0"}),
@@ -85,7 +85,7 @@ def moved(accesses, least_width, kernel):
 def test_values_and_codes_move_in_wide_accesses(kernels):
     hot = {codecs.get(json.loads(spec) if spec.startswith("{") else spec).name for spec in HOT}
     kernels = [kernel for kernel in kernels if kernel["codec"] in hot]
-    assert len(kernels) == ((len(ARCHITECTURES) + 1) * len(HOT) + 2) * len(OPERATIONS)
+    assert len(kernels) == len(ARCHITECTURES) * len(HOT) * len(OPERATIONS) + 2 * (len(HOT) + 2)
     for kernel in kernels:
         name, _, rotation = kernel["codec"].partition("+rotation")
         codec = codecs.get({"preset": name, "rotation": int(rotation) if rotation else None})
