@@ -125,7 +125,7 @@ def progress() -> Progress:
 
 
 @contextmanager
-def build_engine(model: Path, name: str, tp: int, dtype: str, section: Config | None) -> Iterator[Engine]:
+def build_engine(model: Path, name: str, tp: int, dtype: str, section: Config | None = None) -> Iterator[Engine]:
     """`engines.build` for a command, with the weights `section` asks for, if any.
 
     What PyTorch tells Megatron's authors does not concern the command's user.
