@@ -27,7 +27,8 @@ lint: $(READY)
 types: $(READY)
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/check .
-	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp
+	cp -r benchmarks examples build/check
+	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp -p benchmarks -p examples
 
 unit: $(READY)
 	$(BIN)/python -m pytest

@@ -5,8 +5,8 @@ Imports torch and triton only, needs no GPU to import, and knows neither models 
 
 from megacomp.kernels.backend import BACKENDS
 from megacomp.kernels.block_format import BlockFormat
-from megacomp.kernels.decode_sum import decode_sum
-from megacomp.kernels.decode_sum_encode import decode_sum_encode, sums_rows
+from megacomp.kernels.decode_sum import decode_sum, sums_rows
+from megacomp.kernels.decode_sum_encode import decode_sum_encode
 from megacomp.kernels.elements import ELEMENTS, IntElement
 from megacomp.kernels.encode import encode
 from megacomp.kernels.reduce_norm import add_norm, reduce_norm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,10 @@ from megacomp.kernels.rotation import hadamard, rotate_pieces
 from megacomp.kernels.scales import PowerOfTwoScale, RealScale, exponent_value, scale_value
 from megacomp.kernels.tiles import load_bytes, locate, store_pieces
 
-__all__ = ["decode_sum", "decode_sum_definition", "decode_sum_tile"]
+__all__ = ["decode_sum", "decode_sum_definition", "decode_sum_tile", "dense_wires", "sums_in_slices", "sums_rows"]
+
+VALUES_PER_SLICE = 2**20
+"""Values summed on the CPU before something goes on with them: their float32 sums stay in the cache."""
 
 
 def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, backend: str) -> None:
@@ -51,6 +54,36 @@ def decode_sum(format: BlockFormat, wires: torch.Tensor, out: torch.Tensor, back
         decode_sum_definition(format, peers, pieces)
     if not direct:
         out.copy_(target[:, :features])
+
+
+def sums_rows(rows: int, features: int, device: torch.device) -> int:
+    """How many rows of float32 sums :func:`sums_in_slices` keeps for a message of ``[rows, features]``."""
+    return rows if device.type != "cpu" else min(rows, max(3, VALUES_PER_SLICE // features))
+
+
+def sums_in_slices(
+    format: BlockFormat, wires: torch.Tensor, features: int, backend: str, sums: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """:func:`decode_sum` into float32 for what goes on with the sums, in slices of the rows.
+
+    Args:
+        format, wires, backend: as for decode_sum.
+        features: values per row.
+        sums: where sums may lie: float32 ``[sums_rows(...), features]``, contiguous; None: made here.
+
+    Yields:
+        (the rows, their sums float32 ``[rows, features]``), the sums valid until the next.
+    """
+    rows = wires.shape[1]
+    if sums is None:
+        sums = wires.new_empty(sums_rows(rows, features, wires.device), features, dtype=torch.float32)
+    # Even slices: none is a single row, which no backend compiles, unless that is the message.
+    slices = -(-rows // len(sums))
+    for index in range(slices):
+        part = slice(rows * index // slices, rows * (index + 1) // slices)
+        total = sums[: part.stop - part.start]
+        decode_sum(format, wires[:, part], total, backend)
+        yield part, total
 
 
 def decode_sum_definition(format: BlockFormat, peers: Sequence[WireFields], pieces: Sequence[torch.Tensor]) -> None:

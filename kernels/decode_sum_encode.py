@@ -10,20 +10,12 @@ import triton.language as tl
 
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.block_format import BlockFormat
-from megacomp.kernels.decode_sum import decode_sum, decode_sum_tile, dense_wires
+from megacomp.kernels.decode_sum import decode_sum_tile, dense_wires, sums_in_slices
 from megacomp.kernels.encode import dense_wire, encode, encode_tile
 from megacomp.kernels.launch_config import launch_config, on_device_of
 from megacomp.kernels.tiles import Tile, clear_tail, locate, longest_piece, regroup_pieces
 
-__all__ = ["decode_sum_encode", "sums_rows"]
-
-VALUES_PER_SLICE = 2**20
-"""Values summed on the CPU before they are encoded again: their float32 sums stay in the cache."""
-
-
-def sums_rows(rows: int, features: int, device: torch.device) -> int:
-    """How many rows of float32 sums to keep between the two steps for a message of ``[rows, features]``."""
-    return rows if device.type != "cpu" else min(rows, max(3, VALUES_PER_SLICE // features))
+__all__ = ["decode_sum_encode"]
 
 
 def decode_sum_encode(
@@ -68,16 +60,8 @@ def _in_two_steps(
     sums: torch.Tensor | None,
 ) -> None:
     """The definition: :func:`decode_sum` into float32, then :func:`encode` of that, over slices of the rows."""
-    rows = wire.shape[0]
-    if sums is None:
-        sums = wires.new_empty(sums_rows(rows, features, wires.device), features, dtype=torch.float32)
-    # Even slices: none is a single row, which no backend compiles, unless that is the message.
-    slices = -(-rows // len(sums))
-    for index in range(slices):
-        start, stop = rows * index // slices, rows * (index + 1) // slices
-        part = sums[: stop - start]
-        decode_sum(format, wires[:, start:stop], part, backend)
-        encode(gather_format, part, wire[start:stop], backend)
+    for part, total in sums_in_slices(format, wires, features, backend, sums):
+        encode(gather_format, total, wire[part], backend)
 
 
 def _fusable(format: BlockFormat, gather_format: BlockFormat, features: int) -> bool:

@@ -16,10 +16,9 @@ import triton.language as tl
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.block_format import BlockFormat
 from megacomp.kernels.compiled import run_compiled
-from megacomp.kernels.decode_sum import decode_sum, decode_sum_tile, dense_wires
-from megacomp.kernels.decode_sum_encode import sums_rows
-from megacomp.kernels.launch_config import launch_config
-from megacomp.kernels.tiles import load_pieces, locate, round_to, store_pieces, widen
+from megacomp.kernels.decode_sum import decode_sum_tile, dense_wires, sums_in_slices
+from megacomp.kernels.launch_config import launch_config, on_device_of
+from megacomp.kernels.tiles import load_pieces, locate, log2, round_to, store_pieces, widen
 
 __all__ = ["add_definition", "add_norm", "norm_definition", "reduce_norm"]
 
@@ -60,14 +59,7 @@ def reduce_norm(
     if resolved == "triton":
         _reduce_norm_triton(format, wires, residual, weight, eps, new_residual, normalized, bias)
         return
-    if sums is None:
-        sums = wires.new_empty(sums_rows(rows, features, wires.device), features, dtype=torch.float32)
-    # Even slices: none is a single row, which no backend compiles, unless that is the message.
-    slices = -(-rows // len(sums))
-    for index in range(slices):
-        part = slice(rows * index // slices, rows * (index + 1) // slices)
-        total = sums[: part.stop - part.start]
-        decode_sum(format, wires[:, part], total, backend)
+    for part, total in sums_in_slices(format, wires, features, backend, sums):
         _add_norm(total, residual[part], weight, eps, new_residual[part], normalized[part], resolved, bias)
 
 
@@ -176,12 +168,13 @@ def _reduce_norm_triton(
     wires = dense_wires(wires, layout)
     if residual.stride(1) != 1:
         residual = residual.contiguous()
-    launch = launch_config("reduce_norm", format, layout, rows, residual.dtype)
-    _reduce_norm_kernel[(launch.tile.programs(layout, rows),)](
-        wires, residual, weight.contiguous(), None if bias is None else bias.contiguous(), new_residual, normalized,
-        rows, wires.stride(0) // 8, residual.stride(0), float(eps), len(wires),
-        format, layout, launch.tile, **launch.options,
-    )  # fmt: skip
+    with on_device_of(residual):
+        launch = launch_config("reduce_norm", format, layout, rows, residual.dtype)
+        _reduce_norm_kernel[(launch.tile.programs(layout, rows),)](
+            wires, residual, weight.contiguous(), None if bias is None else bias.contiguous(), new_residual,
+            normalized, rows, wires.stride(0) // 8, residual.stride(0), float(eps), len(wires),
+            format, layout, launch.tile, **launch.options,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -246,7 +239,7 @@ def _sum_of_squares(pieces, index, exists, block_size: tl.constexpr, layout: tl.
     for piece in tl.static_range(len(pieces)):
         mask = exists[:, None] & (feature + piece * tile.piece < layout.features)
         sums = sums + (_sum_in_pairs(tl.where(mask, pieces[piece] * pieces[piece], 0.0), tile.blocks),)
-    for _ in tl.static_range(_log2(len(pieces))):
+    for _ in tl.static_range(log2(len(pieces))):
         sums = _pairs_added(sums)
     of_rows = _sum_in_pairs(sums[0], tile.rows)
     of_rows = tl.broadcast_to(tl.reshape(of_rows, (tile.rows, 1)), (tile.rows, tile.blocks_per_row))
@@ -256,7 +249,7 @@ def _sum_of_squares(pieces, index, exists, block_size: tl.constexpr, layout: tl.
 @triton.jit
 def _sum_in_pairs(x, rows: tl.constexpr):
     """Sums of the rows of ``x``, taken as ``[rows, n]``: an addition of two does not depend on their order."""
-    for _ in tl.static_range(_log2(x.numel // rows)):
+    for _ in tl.static_range(log2(x.numel // rows)):
         x = tl.sum(tl.reshape(x, (x.numel // 2, 2)), 1)
     return tl.reshape(x, (rows,))
 
@@ -267,8 +260,3 @@ def _pairs_added(sums):
     for pair in tl.static_range(len(sums) // 2):
         added = added + (sums[2 * pair] + sums[2 * pair + 1],)
     return added
-
-
-@triton.constexpr_function
-def _log2(size: int) -> int:
-    return size.bit_length() - 1

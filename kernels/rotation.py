@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megacomp.kernels.tiles import log2
+
 __all__ = ["hadamard", "rotate_pieces"]
 
 
@@ -53,15 +55,10 @@ def _butterflies(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return parts
 
 
-@triton.constexpr_function
-def _log2(size: int) -> int:
-    return size.bit_length() - 1
-
-
 @triton.jit
 def rotate_pieces(pieces, size: tl.constexpr):
     """Twin of ``hadamard``, over pieces (see tiles.py): the tuple of float32 ``[blocks, length]``, rotated."""
-    for stage in tl.static_range(_log2(size)):
+    for stage in tl.static_range(log2(size)):
         pieces = _butterfly_stage(pieces, size >> (stage + 1))
     scaled = ()
     for piece in tl.static_range(len(pieces)):

@@ -18,7 +18,22 @@ import triton.language as tl
 from megacomp.kernels.block_format import BlockFormat, WireLayout
 from megacomp.kernels.packing import pieces_per_block
 
-__all__ = ["Tile", "join_pieces", "load_bytes", "load_pieces", "locate", "round_to", "store_bytes", "store_pieces"]
+__all__ = [
+    "Tile",
+    "clear_tail",
+    "join_pieces",
+    "load_bytes",
+    "load_pieces",
+    "locate",
+    "log2",
+    "longest_piece",
+    "needs_whole_rows",
+    "regroup_pieces",
+    "round_to",
+    "store_bytes",
+    "store_pieces",
+    "widen",
+]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, whose casts to bfloat16 truncate, and from it lose subnormals."""
@@ -59,6 +74,12 @@ def needs_whole_rows(format: BlockFormat) -> bool:
 def longest_piece(format: BlockFormat) -> int:
     """The longest pieces a format's codes can be packed from."""
     return format.block_size // pieces_per_block(format.element.bits)
+
+
+@triton.constexpr_function
+def log2(size: int) -> int:
+    """Of a power of two."""
+    return size.bit_length() - 1
 
 
 @triton.jit

@@ -1,18 +1,31 @@
-"""A module that takes the place of another."""
+"""A layer over quantized weights that takes the place of a framework's own."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["adopt"]
+from megacomp.gptq import QuantizedLinear
+
+__all__ = ["Adopted"]
 
 
-def adopt(module: torch.nn.Module, replaced: torch.nn.Module) -> None:
-    """Initialise `module` as an evaluation-mode torch.nn.Module with the settings of `replaced`.
+class Adopted(torch.nn.Module):
+    """What such a layer is besides its framework's class, which it is to inherit after this one.
 
-    Settings are its plain attributes: no parameters (a bias of None among them), buffers, children or hooks.
+    linear: what multiplies, in place of a weight. bias: a buffer, None where there is none.
     """
-    torch.nn.Module.__init__(module)
-    own = {*vars(module), "weight", "bias"}
-    vars(module).update({name: value for name, value in vars(replaced).items() if name not in own})
-    module.eval()
+
+    linear: QuantizedLinear
+    bias: torch.Tensor | None
+
+    def __init__(self, replaced: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
+        """In evaluation mode, with the settings of `replaced`.
+
+        Settings are its plain attributes: no parameters (a bias of None among them), buffers, children or hooks.
+        """
+        torch.nn.Module.__init__(self)
+        own = {*vars(self), "weight", "bias"}
+        vars(self).update({name: value for name, value in vars(replaced).items() if name not in own})
+        self.eval()
+        self.linear = linear
+        self.register_buffer("bias", bias)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import torch
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, RowParallel
 
-from megacomp.gptq import QuantizedLinear
-from megacomp.patches.adopting import adopt
+from megacomp.patches.adopting import Adopted
 
 __all__ = ["QuantizedLinearAllreduce", "QuantizedLinearLayer"]
 
 
-class QuantizedLinearLayer(LinearLayer):
+class QuantizedLinearLayer(Adopted, LinearLayer):
     """LinearLayer (split by outputs) with `linear` in place of its weight; inference only."""
-
-    def __init__(self, replaced: LinearLayer, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
-        adopt(self, replaced)
-        self.linear = linear
-        self.register_buffer("bias", bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = self.linear(input)
@@ -27,19 +21,14 @@ class QuantizedLinearLayer(LinearLayer):
         return f"bias={self.bias is not None}"
 
 
-class QuantizedLinearAllreduce(LinearAllreduce):
+class QuantizedLinearAllreduce(Adopted, LinearAllreduce):
     """LinearAllreduce (split by inputs) with `linear` in place of its weight; inference only.
 
     Its reduction is LinearAllreduce's own, so a patch of RowParallel.forward meets it too.
     """
 
-    def __init__(self, replaced: LinearAllreduce, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
-        adopt(self, replaced)
-        self.linear = linear
-        self.register_buffer("bias", bias)
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = RowParallel.apply(self.mp_group, self.linear(input), not self.is_training_mode())
+        output = RowParallel.apply(self.mp_group, self.linear(input), True)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:

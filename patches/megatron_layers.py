@@ -12,19 +12,13 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from megacomp.gptq import QuantizedLinear
-from megacomp.patches.adopting import adopt
+from megacomp.patches.adopting import Adopted
 
 __all__ = ["QuantizedColumnParallelLinear", "QuantizedRowParallelLinear"]
 
 
-class QuantizedColumnParallelLinear(ColumnParallelLinear):
+class QuantizedColumnParallelLinear(Adopted, ColumnParallelLinear):
     """ColumnParallelLinear with `linear` in place of its weight; inference only."""
-
-    def __init__(self, replaced: ColumnParallelLinear, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
-        adopt(self, replaced)
-        self.linear = linear
-        self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -46,13 +40,8 @@ class QuantizedColumnParallelLinear(ColumnParallelLinear):
         return output if bias is None else output + bias
 
 
-class QuantizedRowParallelLinear(RowParallelLinear):
+class QuantizedRowParallelLinear(Adopted, RowParallelLinear):
     """RowParallelLinear with `linear` in place of its weight; inference only."""
-
-    def __init__(self, replaced: RowParallelLinear, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
-        adopt(self, replaced)
-        self.linear = linear
-        self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -79,8 +79,8 @@ def run(
     sequences: Annotated[int, typer.Option(min=1, help=f"Held-out sequences of {SEQUENCE_LENGTH} tokens.")] = 64,
 ) -> None:
     """Evaluates the demo model with every engine and codec."""
-    for engine in engines.ENGINES:
-        engines.check(MODEL, engine, tp=tp)
+    for name in engines.ENGINES:
+        engines.check(MODEL, name, tp=tp)
     ranks = ensure_ranks(tp, "examples.demo_lm.run", command.arguments(ctx))
     tokens = text.cut_text(held_out_text(), text.load_tokenizer(MODEL), SEQUENCE_LENGTH)[:sequences]
     rows: list[Row] = []

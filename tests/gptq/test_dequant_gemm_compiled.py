@@ -1,12 +1,7 @@
 """What the GEMM of grouped weights compiles to, for GPUs that need not be there."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from uninterpreted import printed
 
 COMPILE = """
 import itertools, json
@@ -51,16 +46,7 @@ print(json.dumps(kernels))
 @pytest.fixture(scope="module")
 def kernels():
     """Every kernel of an 8192 x 3584 weight (an eighth of Llama-70B's gate), from a process whose Triton compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed(COMPILE)
 
 
 def test_few_rows_are_summed_in_two_steps_and_many_in_one(kernels):

@@ -1,12 +1,9 @@
 """What the Triton kernels compile to, for GPUs that need not be there: no spills, wide accesses, nothing too large."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from uninterpreted import printed
 
 from benchmarks.compile_report import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from megacomp import codecs
@@ -44,17 +41,7 @@ print(json.dumps(reports(cases)))
 @pytest.fixture(scope="module")
 def kernels():
     """The report of every kernel of every case, from a process whose Triton compiles."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps(CASES),
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed(COMPILE, CASES)
 
 
 def named(kernel):
