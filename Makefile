@@ -30,8 +30,9 @@ types: $(READY)
 	cp -r benchmarks examples build/check
 	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp -p benchmarks -p examples
 
+# One thread each: the tests' own processes share the cores already.
 unit: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 clean:
 	rm -rf build dist runs *.egg-info

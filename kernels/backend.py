@@ -10,6 +10,7 @@ import torch
 from megacomp.kernels.block_format import BlockFormat
 from megacomp.kernels.compiled import compiler_problem
 from megacomp.kernels.launch_config import device_problem, launch_problem
+from megacomp.kernels.static_format import StaticFormat
 
 __all__ = ["BACKENDS", "backend_problem", "resolve_backend"]
 
@@ -30,7 +31,12 @@ def backend_problem(backend: str, device: torch.device) -> str | None:
 
 
 def resolve_backend(
-    backend: str, operation: str, format: BlockFormat, features: int, rows: int, device: torch.device
+    backend: str,
+    operation: str,
+    format: BlockFormat | StaticFormat,
+    features: int,
+    rows: int,
+    device: torch.device,
 ) -> str:
     """The backend that runs a message: ``"reference"``, ``"compiled"`` or ``"triton"``.
 
@@ -41,7 +47,7 @@ def resolve_backend(
     Args:
         backend: one of ``BACKENDS``.
         operation: ``"encode"``, ``"decode_sum"``, ``"decode_sum_encode"`` or ``"reduce_norm"``.
-        format: the block format; of the wire that is written, for decode_sum_encode.
+        format: the block or static format; of the wire that is written, for decode_sum_encode.
         features, rows: of the message.
         device: where its tensors live.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,12 +62,16 @@ def sums_rows(rows: int, features: int, device: torch.device) -> int:
 
 
 def sums_in_slices(
-    format: BlockFormat, wires: torch.Tensor, features: int, backend: str, sums: torch.Tensor | None
+    decode_sum: Callable[[torch.Tensor, torch.Tensor], None],
+    wires: torch.Tensor,
+    features: int,
+    sums: torch.Tensor | None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """:func:`decode_sum` into float32 for what goes on with the sums, in slices of the rows.
+    """Sums in float32 for what goes on with them, in slices of the rows.
 
     Args:
-        format, wires, backend: as for decode_sum.
+        decode_sum: (wires, out): any codec's.
+        wires: uint8 ``[peers, rows, row_bytes]``.
         features: values per row.
         sums: where sums may lie: float32 ``[sums_rows(...), features]``, contiguous; None: made here.
 
@@ -82,7 +86,7 @@ def sums_in_slices(
     for index in range(slices):
         part = slice(rows * index // slices, rows * (index + 1) // slices)
         total = sums[: part.stop - part.start]
-        decode_sum(format, wires[:, part], total, backend)
+        decode_sum(wires[:, part], total)
         yield part, total
 
 

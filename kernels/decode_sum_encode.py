@@ -10,7 +10,7 @@ import triton.language as tl
 
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.block_format import BlockFormat
-from megacomp.kernels.decode_sum import decode_sum_tile, dense_wires, sums_in_slices
+from megacomp.kernels.decode_sum import decode_sum, decode_sum_tile, dense_wires, sums_in_slices
 from megacomp.kernels.encode import dense_wire, encode, encode_tile
 from megacomp.kernels.launch_config import launch_config, on_device_of
 from megacomp.kernels.tiles import Tile, clear_tail, locate, longest_piece, regroup_pieces
@@ -60,7 +60,11 @@ def _in_two_steps(
     sums: torch.Tensor | None,
 ) -> None:
     """The definition: :func:`decode_sum` into float32, then :func:`encode` of that, over slices of the rows."""
-    for part, total in sums_in_slices(format, wires, features, backend, sums):
+
+    def summed(wires: torch.Tensor, out: torch.Tensor) -> None:
+        decode_sum(format, wires, out, backend)
+
+    for part, total in sums_in_slices(summed, wires, features, sums):
         encode(gather_format, total, wire[part], backend)
 
 

@@ -29,6 +29,7 @@ import torch
 import triton
 
 from megacomp.kernels.block_format import BlockFormat, WireLayout
+from megacomp.kernels.static_format import StaticFormat
 from megacomp.kernels.tiles import Tile, longest_piece, needs_whole_rows
 
 __all__ = [
@@ -121,7 +122,7 @@ def launch_config(
     if chosen is not None and chosen[0] == operation:
         check(operation, format, layout, chosen[1])
         return chosen[1]
-    return _launch_config(operation, format, layout, _log2(rows * layout.features), dtype, _current_gpu())
+    return _launch_config(operation, format, layout, _log2(rows * layout.features), dtype, current_gpu())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,16 +158,20 @@ _chosen_by_hand: ContextVar[tuple[str, LaunchConfig] | None] = ContextVar("megac
 # May it be?
 
 
-def launch_problem(operation: str, format: BlockFormat, features: int, device: torch.device) -> str | None:
+def launch_problem(
+    operation: str, format: BlockFormat | StaticFormat, features: int, device: torch.device
+) -> str | None:
     """Why ``operation`` cannot run as a Triton kernel on tensors of ``device``; None if it can.
 
     Args:
         operation: one of ``OPERATIONS``, or ``"reduce_norm"``.
-        format: the block format; of the wire that is written, for decode_sum_encode.
+        format: the block or static format; of the wire that is written, for decode_sum_encode.
         features: values per row.
         device: where the tensors live.
     """
-    return device_problem(device) or _row_problem(operation, format, features)
+    problem = device_problem(device)
+    # Programs of static codecs go through their rows in parts.
+    return problem if problem or isinstance(format, StaticFormat) else _row_problem(operation, format, features)
 
 
 @functools.cache
@@ -494,7 +499,7 @@ def _version(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def _current_gpu() -> int | None:
+def current_gpu() -> int | None:
     """The index of the GPU that a launch goes to; None where kernels do not run on one."""
     return torch.cuda.current_device() if _has_gpu() else None
 

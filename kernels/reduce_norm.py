@@ -16,7 +16,7 @@ import triton.language as tl
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.block_format import BlockFormat
 from megacomp.kernels.compiled import run_compiled
-from megacomp.kernels.decode_sum import decode_sum_tile, dense_wires, sums_in_slices
+from megacomp.kernels.decode_sum import decode_sum, decode_sum_tile, dense_wires, sums_in_slices
 from megacomp.kernels.launch_config import launch_config, on_device_of
 from megacomp.kernels.tiles import load_pieces, locate, log2, round_to, store_pieces, widen
 
@@ -59,7 +59,11 @@ def reduce_norm(
     if resolved == "triton":
         _reduce_norm_triton(format, wires, residual, weight, eps, new_residual, normalized, bias)
         return
-    for part, total in sums_in_slices(format, wires, features, backend, sums):
+
+    def summed(wires: torch.Tensor, out: torch.Tensor) -> None:
+        decode_sum(format, wires, out, backend)
+
+    for part, total in sums_in_slices(summed, wires, features, sums):
         _add_norm(total, residual[part], weight, eps, new_residual[part], normalized[part], resolved, bias)
 
 

@@ -27,7 +27,8 @@ _BF16_BYTES = 2
 class Evaluation:
     """The measurements of one model under one configuration. None: there was no configuration, or no traffic.
 
-    engine, tp, dtype: what ran. sequences, length: the tokens it ran on.
+    engine, tp, dtype: what ran. simulated: whether one process took the part of all ranks.
+    sequences, length: the tokens it ran on.
     codec: names of the codecs that were on the wire.
     bits_per_value: of the compressed messages, counted on the wire, everything included.
     wire_bytes_per_token: bytes one rank sends per token for the reductions of all row-parallel layers, those
@@ -38,11 +39,13 @@ class Evaluation:
     kl: Kullback-Leibler divergence of the compressed next-token distribution from the uncompressed one,
         KL(uncompressed || compressed), in nats, mean over the same positions.
     top1_agreement: share of these positions where both prefer the same token.
-    ttft_ms, baseline_ttft_ms: time to the first token of one whole sequence, median, in milliseconds.
+    ttft_ms, baseline_ttft_ms: time to the first token of one whole sequence, median, in milliseconds; None for
+        simulated ranks, whose time is not that of real ones.
     """
 
     engine: str
     tp: int
+    simulated: bool
     dtype: str
     sequences: int
     length: int
@@ -56,7 +59,7 @@ class Evaluation:
     top1_agreement: float | None
     kl: float | None
     ttft_ms: float | None
-    baseline_ttft_ms: float
+    baseline_ttft_ms: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able data."""
@@ -75,7 +78,8 @@ def evaluate(
 ) -> Evaluation:
     """Run `tokens` through the engine without and with `config`, batch by batch, and compare.
 
-    Every rank calls this with the same arguments and gets the same result, times and bytes being its own.
+    Every rank calls this with the same arguments and gets the same result, times and bytes being its own, or, of
+    simulated ranks, the bytes being those of rank 0.
 
     tokens: int64 [sequences, length], length at least 2. config: as `megacomp.install` takes it; None for
     the uncompressed run alone. batch_size: sequences per batch; logits of two batches are held at a time.
@@ -105,18 +109,20 @@ def evaluate(
                 write(compressed)
             if progress is not None:
                 progress(start + len(batch), sequences)
-    baseline_ttft, ttft = _times_to_first_token(engine, tokens[:1], compression, prefills)
     measured: dict[str, Any] = dict.fromkeys(field.name for field in fields(Evaluation))
+    if not engine.simulated:
+        baseline_ttft, ttft = _times_to_first_token(engine, tokens[:1], compression, prefills)
+        measured |= {"baseline_ttft_ms": baseline_ttft, "ttft_ms": None if compression is None else ttft}
     if compression is not None:
-        measured |= compression.traffic(sequences * length) | scores.compared() | {"ttft_ms": ttft}
+        measured |= compression.traffic(sequences * length) | scores.compared()
     measured |= {
         "engine": engine.name,
         "tp": engine.tp,
+        "simulated": engine.simulated,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "sequences": sequences,
         "length": length,
         "baseline_perplexity": scores.baseline_perplexity,
-        "baseline_ttft_ms": baseline_ttft,
     }
     return Evaluation(**measured)
 

@@ -29,20 +29,22 @@ def run(
     config: command.ConfigOption = None,
     engine: command.EngineOption = command.EngineName.DEEPSPEED,
     tp: command.TpOption = None,
+    simulate_tp: command.SimulateTpOption = None,
     dtype: command.DtypeOption = command.DtypeName.BF16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
     json_file: command.JsonOption = None,
 ) -> None:
     """Continue a prompt greedily; prints the text, the time to first token and the tokens per second.
 
-    A short run comes first, so that the times are those of a server that has been running.
+    A short run comes first, so that the times are those of a server that has been running. Of simulated ranks there
+    are no times.
     """
     if (prompt is None) == (tokens_file is None):
         raise LaunchError("give either --prompt TEXT or --tokens FILE.npy")
     section = configuration.load(config)[0] if config is not None else None
     files.check_writable(json_file)
     weights = section.weights.checkpoint if section is not None else None
-    architecture = engines.check(model, engine.value, tp=tp or 1, weights=weights)
+    architecture = engines.check(model, engine.value, tp=command.requested_ranks(tp, simulate_tp), weights=weights)
     tokenizer: Any = None
     if tokens_file is not None:
         tokens = text.read_tokens(tokens_file, architecture.vocab_size)
@@ -55,28 +57,31 @@ def run(
             raise LaunchError("the prompt is empty")
     ranks = ensure_ranks(tp, "megacomp.launch.generate", command.arguments(ctx))
 
-    with command.build_engine(model, engine.value, ranks, dtype.value, section) as built:
+    with command.build_engine(model, engine.value, ranks, dtype.value, section, simulate_tp) as built:
         compression = megacomp.install(section, model=built.module) if section is not None else nullcontext()
         with compression:
-            built.generate(tokens, min(2, max_new_tokens))
+            if not built.simulated:
+                built.generate(tokens, min(2, max_new_tokens))
             generation = built.generate(tokens, max_new_tokens, eos_token_id=built.hf_config.eos_token_id)
         described = environment.describe(built.device)
     result = {
         "engine": built.name,
-        "tp": ranks,
+        "tp": built.tp,
+        "simulated": built.simulated,
         "dtype": dtype.value,
         "codec": section.communication.codec if section is not None else None,
         "prompt": prompt,
         "text": tokenizer.decode(generation.tokens, skip_special_tokens=True) if tokenizer else None,
         "tokens": generation.tokens,
-        "ttft_ms": 1e3 * generation.ttft_s,
-        "tokens_per_s": generation.tokens_per_s,
+        "ttft_ms": None if built.simulated else 1e3 * generation.ttft_s,
+        "tokens_per_s": None if built.simulated else generation.tokens_per_s,
     }
     console = command.results()
     shown = result["text"] if tokenizer else " ".join(map(str, generation.tokens))
     console.print(shown, markup=False, highlight=False, soft_wrap=True)
-    speed = f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s else ""
-    console.print(f"{len(generation.tokens)} tokens, first after {result['ttft_ms']:.1f} ms{speed}", style="dim")
+    if not built.simulated:
+        speed = f", {generation.tokens_per_s:.1f} tokens/s" if generation.tokens_per_s else ""
+        console.print(f"{len(generation.tokens)} tokens, first after {result['ttft_ms']:.1f} ms{speed}", style="dim")
     if json_file is not None and command.is_main_rank():
         files.write_json(json_file, {**result, "environment": described})
 

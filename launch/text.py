@@ -8,9 +8,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
 
+DEFAULT_LENGTH = 512
+"""Tokens in a sequence cut from a text."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def read(
+    model: Path, architecture: Architecture, text_file: Path | None, tokens_file: Path | None, length: int | None
+) -> torch.Tensor:
+    """int64 [sequences, length] from one of the two files.
+
+    length: None for the tokens' own, or for `DEFAULT_LENGTH` of a text, as far as the model has positions.
+
+    Raises LaunchError unless just one file is given, and as `read_tokens` and `read_text` do.
+    """
+    if (text_file is None) == (tokens_file is None):
+        raise LaunchError("give either --text FILE or --tokens FILE.npy")
+    if tokens_file is not None:
+        tokens = read_tokens(tokens_file, architecture.vocab_size)
+        if length is not None and length > tokens.shape[1]:
+            raise LaunchError(f"--sequence-length {length}, but {tokens_file} has {tokens.shape[1]}")
+        return tokens[:, :length]
+    assert text_file is not None
+    return read_text(text_file, load_tokenizer(model), length or min(DEFAULT_LENGTH, architecture.max_positions))
 
 
 def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:

@@ -13,16 +13,19 @@ from megacomp.version import __version__
 
 if TYPE_CHECKING:
     from megacomp.agreement import AgreementError
+    from megacomp.calibration import Calibration, CalibrationError
     from megacomp.codecs import CodecError
     from megacomp.collectives.functional import all_gather, all_reduce, all_reduce_norm, reduce_scatter
     from megacomp.config import Config, ConfigError
     from megacomp.gptq import CheckpointError
-    from megacomp.installation import Installation, init_inference, install
+    from megacomp.installation import Installation, init_inference, install, observe
     from megacomp.patches import MissingSymbolError, UnsupportedVersionError
     from megacomp.report import Report
 
 __all__ = [
     "AgreementError",
+    "Calibration",
+    "CalibrationError",
     "CheckpointError",
     "CodecError",
     "Config",
@@ -37,11 +40,14 @@ __all__ = [
     "all_reduce_norm",
     "init_inference",
     "install",
+    "observe",
     "reduce_scatter",
 ]
 
 _HOMES = {
     "AgreementError": "megacomp.agreement",
+    "Calibration": "megacomp.calibration",
+    "CalibrationError": "megacomp.calibration",
     "CheckpointError": "megacomp.gptq",
     "CodecError": "megacomp.codecs",
     "Config": "megacomp.config",
@@ -55,6 +61,7 @@ _HOMES = {
     "all_reduce_norm": "megacomp.collectives.functional",
     "init_inference": "megacomp.installation",
     "install": "megacomp.installation",
+    "observe": "megacomp.installation",
     "reduce_scatter": "megacomp.collectives.functional",
 }
 

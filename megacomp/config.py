@@ -154,14 +154,8 @@ def _tuple(values: Any) -> Any:
     return tuple(values) if isinstance(values, list) else values
 
 
-def _null(value: Any) -> None:
-    if value is not None:
-        raise _error("unsupported", f"not supported in this version of megacomp: must be null, not {value!r}")
-
-
 CodecSpec = Annotated[str | dict[str, Any] | None, PlainValidator(_codec)]
 ByteCount = Annotated[int, Field(ge=0)]
-Unsupported = Annotated[None, PlainValidator(_null)]
 
 
 class _Section(BaseModel):
@@ -259,9 +253,9 @@ class Communication(_Section):
     Exceptions by layer, module and size of message, a list of objects; the first that matches decides.
     """
 
-    calibration: Unsupported = None
+    calibration: Annotated[str | None, Field(min_length=1)] = None
     """
-    Reserved for the statistics of static codecs; must be null.
+    The file that `megacomp calibrate` has written for this model and number of ranks; static codecs need it.
     """
 
     def resolve(self, rule: Rule) -> Rule:
@@ -357,13 +351,17 @@ def _canonical_codec(spec: Any) -> Any:
     if spec is None:
         return None
     options = codecs.get(spec).spec
-    return next((name for name in codecs.presets() if codecs.get(name).spec == options), options)
+    return next(
+        (name for name in (*codecs.presets(), *codecs.presets(static=True)) if codecs.get(name).spec == options),
+        options,
+    )
 
 
 def _contradictions(communication: Communication) -> Iterator[tuple[str, str]]:
     """(path, message) of the settings that are each allowed but not together."""
     path = f"{SECTION}.communication"
     yield from _unused_gather_codec(path, communication, communication.model_fields_set)
+    yield from _uncalibrated_codecs(path, communication)
     for index, rule in enumerate(communication.rules):
         at = f"{path}.rules[{index}]"
         resolved = communication.resolve(rule)
@@ -374,6 +372,19 @@ def _contradictions(communication: Communication) -> Iterator[tuple[str, str]]:
         if low is not None and high is not None and low > high:
             of = "its min_bytes" if rule.min_bytes is not None else "the inherited min_bytes"
             yield f"{at}.max_bytes", f"matches no message: {high} is less than {of}, {low}"
+
+
+def _uncalibrated_codecs(path: str, communication: Communication) -> Iterator[tuple[str, str]]:
+    if communication.calibration is not None:
+        return
+    holders: dict[str, Communication | Rule] = {path: communication}
+    holders |= {f"{path}.rules[{index}]": rule for index, rule in enumerate(communication.rules)}
+    for at, holder in holders.items():
+        for key in ("codec", "gather_codec"):
+            spec = getattr(holder, key)
+            if spec is not None and codecs.get(spec).static:
+                why = f'{codecs.get(spec)} is a static codec: give the file of its calibration as "calibration"'
+                yield f"{at}.{key}", why
 
 
 def _unused_gather_codec(path: str, at: Communication | Rule, stated: set[str]) -> Iterator[tuple[str, str]]:

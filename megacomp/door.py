@@ -1,19 +1,24 @@
-"""The door every patched function comes to: is this message ours, how does it travel, what did it cost?"""
+"""The door every patched function comes to: is this message ours, how does it travel, what did it cost?
+
+Or, while there is an observer: what is in it?
+"""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megacomp import collectives
 from megacomp.agreement import agree, differences, statement
+from megacomp.collectives import SimulatedGroup
+from megacomp.collectives.message import as_matrix
 from megacomp.config import SECTION, ConfigError, load, read
 from megacomp.policy import Decline, Policy, Site
 from megacomp.telemetry import Telemetry
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
     from megacomp.collectives import Collective, Route
     from megacomp.config import Config
 
-__all__ = ["Door"]
+__all__ = ["Door", "Observer"]
 
 _log = logging.getLogger("megacomp")
 
@@ -50,6 +55,27 @@ _COLLECTIVES: Mapping[str, Callable[[torch.Tensor, dist.ProcessGroup, Route], to
 }
 
 
+class Observer(Protocol):
+    """Sees the partials of known sites that a codec could take: floating-point, of inference, not empty.
+
+    Tensors are the model's own or belong to the door: to be read before the call returns, and never written to.
+    """
+
+    def partial(self, site: Site, rank: int, world_size: int, x: torch.Tensor) -> None:
+        """Rank `rank` of `world_size` brings `x` [rows, features], bf16, fp16 or fp32, to a reduction at `site`.
+
+        Called for each rank whose partial this process holds: its own, or, of simulated ranks, all of them in their
+        order.
+        """
+
+    def total(self, site: Site, x: torch.Tensor) -> None:
+        """All ranks' partials of that message, added in float32: `x` [rows, features].
+
+        Called in every process, after the partials of the message. Of a reduce-scatter, too, it is the sum of the
+        whole partials and not this rank's share of it.
+        """
+
+
 class Door:
     """Takes the messages of known sites through the compressed collectives, as one configuration has it.
 
@@ -57,11 +83,13 @@ class Door:
     policy, telemetry: what decides, and what counts.
     sites: the site of each layer known to be at one; layers are not kept alive.
     not_covered: layers of the models attached that reduce where no patch sees them, by name, and why.
+    observer: if there is one, nothing is compressed, and it sees what might have been.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, observer: Observer | None = None) -> None:
         """Raises ConfigError if this machine lacks what the backend of `config` needs."""
         self.config = config
+        self.observer = observer
         self.policy = Policy(config)
         self.telemetry = Telemetry()
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
@@ -83,14 +111,21 @@ class Door:
         for site in sites.values():
             self.telemetry.at(site)
 
-    def attach(self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str]) -> None:
+    def attach(
+        self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str], ranks: Collection[int] = ()
+    ) -> None:
         """Learn the sites of a model that is known entirely, and which of its layers reduce unseen and why.
 
-        Raises ConfigError if a rule can match none of the sites. A model without any is legitimate (it is not
-        split, or not covered) and only warned of.
+        ranks: the sizes of its tensor-parallel groups.
+
+        Raises ConfigError if a rule can match none of the sites, or the calibration is for others. A model
+        without any is legitimate (it is not split, or not covered) and only warned of.
         """
         if sites:
             self.policy.check_rules(sites.values())
+            weights = (getattr(layer, "weight", None) for layer in sites)
+            features = {weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)}
+            self.policy.check_calibration(list(sites.values()), features, ranks)
         else:
             _log.warning("the model has no row-parallel layer that megacomp covers: nothing will be compressed")
         for name, why in not_covered.items():
@@ -117,6 +152,16 @@ class Door:
         self.require_same(section)
         return rest
 
+    def statement(self) -> dict[str, str]:
+        """What this rank goes by, to be compared with what others do."""
+        said = statement(self.config)
+        if self.observer is not None:
+            said["observer"] = type(self.observer).__name__
+        if self.policy.calibration is not None:
+            # By its contents: where the file lies is each rank's own affair.
+            said["megacomp.communication.calibration"] = self.policy.calibration.digest
+        return said
+
     def trust(self, group: dist.ProcessGroup | None) -> None:
         """Take it that the ranks of `group` (None: the default group) have compared their configurations."""
         self._agreed_ranks.add(frozenset(dist.get_process_group_ranks(group)))
@@ -130,7 +175,7 @@ class Door:
             return
         ranks = frozenset(dist.get_process_group_ranks(group))
         if len(ranks) > 1 and not any(ranks <= agreed for agreed in self._agreed_ranks):
-            agree(statement(self.config), group)
+            agree(self.statement(), group)
         self._agreed_groups.add(group)
 
     # Compiled models break their graph here instead of tracing through decisions and counters, which would be
@@ -151,8 +196,8 @@ class Door:
     ) -> torch.Tensor | None:
         """The result of `collective` on `tensor` [..., features] over `group`, compressed; or None: not ours.
 
-        None means that nothing was sent and the original collective is to run; why is counted. `tensor` is
-        never changed.
+        None means that nothing was sent, but for what an observer is shown, and that the original collective is
+        to run; why is counted. `tensor` is never changed.
 
         even: whether every rank is to get (reduce_scatter) or gives (all_gather) equally many rows.
 
@@ -165,10 +210,13 @@ class Door:
             return None
         visit = _visit.get()
         if visit is None:
-            self.telemetry.decline(None, Decline.OUTSIDE)
+            self._decline(None, Decline.OUTSIDE, group)
             return None
         site, grad_enabled = visit
         self.agree(group)
+        if self.observer is not None:
+            self._observe(self.observer, site, grad_enabled, collective, tensor, group)
+            return None
         world_size = group.size()
         features = tensor.shape[-1] if tensor.dim() else 1
         rows = tensor.numel() // features if features else 0
@@ -178,7 +226,7 @@ class Door:
             site, collective, rows, features, tensor.dtype, world_size, even=even, grad_enabled=grad_enabled
         )
         if isinstance(outcome, Decline):
-            self.telemetry.decline(site, outcome)
+            self._decline(site, outcome, group)
             return None
         traffic = self._wire_bytes(
             outcome,
@@ -190,11 +238,45 @@ class Door:
             collective=collective,
         )
         counters = self.telemetry.at(site)
-        counters.count(outcome.codec.name, rows, traffic)
+        if _is_counted(group):
+            counters.count(outcome.codec.name, rows, traffic)
+        # Known now, for the counters may have moved on before another simulated rank's turn comes again.
+        sampled = self._sqnr_every and counters.calls % self._sqnr_every == 0
         result = _COLLECTIVES[collective](tensor, group, outcome)
-        if self._sqnr_every and counters.calls % self._sqnr_every == 0:
-            counters.sample(_exact(collective, tensor, group), result)
+        if sampled:
+            exact = _exact(collective, tensor, group)
+            if _is_counted(group):
+                counters.sample(exact, result)
         return result
+
+    def _observe(
+        self,
+        observer: Observer,
+        site: Site,
+        grad_enabled: bool,
+        collective: Collective,
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """Show the observer this rank's partial and the sum of all ranks', if `tensor` is one that it is to see."""
+        reason = self.policy.unfit(tensor.nbytes, tensor.dtype, group.size(), grad_enabled) or Decline.OBSERVED
+        self._decline(site, reason, group)
+        if reason is not Decline.OBSERVED or collective == "all_gather":
+            return
+        partial = as_matrix(tensor.detach())
+        observer.partial(site, group.rank(), group.size(), partial)
+        total = _exact("all_reduce", partial, group)
+        if _is_counted(group):
+            observer.total(site, total)
+
+    def _decline(self, site: Site | None, reason: Decline, group: dist.ProcessGroup) -> None:
+        if _is_counted(group):
+            self.telemetry.decline(site, reason)
+
+
+def _is_counted(group: dist.ProcessGroup) -> bool:
+    """Whether what this rank of `group` does is counted: of simulated ranks, who share a door, rank 0 is."""
+    return not isinstance(group, SimulatedGroup) or group.rank() == 0
 
 
 def _exact(collective: Collective, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Switching compression on and off: `install`, the `Installation` it returns, and `init_inference`."""
+"""Switching compression on and off: `install`, the `Installation` it returns, `init_inference`; and `observe`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacomp.agreement import agree, statement
+from megacomp.agreement import agree
 from megacomp.config import SECTION, Config, ConfigError, Weights, load, read
-from megacomp.door import Door
+from megacomp.door import Door, Observer
 from megacomp.gptq import QuantizedLinear, open_shards
 from megacomp.patches import FRAMEWORKS, Framework, ImportWatch, LayerPatch, Patch, quantized_layers
 from megacomp.report import FrameworkReport, Report, SiteReport
 from megacomp.version import __version__
 
-__all__ = ["Installation", "ScriptInstallation", "init_inference", "install"]
+__all__ = ["Installation", "ScriptInstallation", "init_inference", "install", "observe"]
 
 _log = logging.getLogger("megacomp")
 
@@ -30,8 +30,8 @@ _log = logging.getLogger("megacomp")
 class _Active:
     """The patches of one configuration, and how many installations hold them in place."""
 
-    def __init__(self, config: Config) -> None:
-        self.door = Door(config)
+    def __init__(self, config: Config, observer: Observer | None) -> None:
+        self.door = Door(config, observer)
         self.holders = 0
         self.frameworks: dict[str, FrameworkReport] = {}
         self.quantized: dict[str, str] = {}
@@ -93,6 +93,7 @@ class _Active:
                 for framework in known
                 for name, why in framework.not_covered(model).items()
             },
+            {ranks[1] for model in models for framework in known if (ranks := framework.ranks(model)) is not None},
         )
         self.quantized |= {
             name: module.order
@@ -118,7 +119,10 @@ class _Active:
 
 
 def _models(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
-    return [model] if isinstance(model, torch.nn.Module) else list(model)
+    # A ModuleList cannot run: the models are in it.
+    if isinstance(model, torch.nn.ModuleList) or not isinstance(model, torch.nn.Module):
+        return list(model)
+    return [model]
 
 
 def _quantized_layers(checkpoint: str, weights: Weights, model: torch.nn.Module) -> list[LayerPatch]:
@@ -137,15 +141,18 @@ class _Registry:
         self.lock = threading.RLock()
         self.active: _Active | None = None
 
-    def find(self, config: Config) -> _Active:
-        """The patches of `config`: those in place, or new ones, checked but not applied.
+    def find(self, config: Config, observer: Observer | None) -> _Active:
+        """The patches of `config`, or of `observer`: those in place, or new ones, checked but not applied.
 
-        Raises ConfigError if a different configuration is in place, and what `_Active.check` raises.
+        Raises ConfigError if a different configuration or observer is in place, and what `_Active.check` raises.
         """
         if self.active is None:
-            active = _Active(config)
+            active = _Active(config, observer)
             active.check()
             return active
+        if self.active.door.observer is not observer:
+            what = "a configuration is installed" if self.active.door.observer is None else "an observer is installed"
+            raise ConfigError([(SECTION, f"{what}; uninstall it first, for what is observed is not compressed")])
         self.active.door.require_same(config)
         return self.active
 
@@ -255,18 +262,35 @@ def install(
     )
 
 
+def observe(
+    model: torch.nn.Module | Iterable[torch.nn.Module],
+    observer: Observer,
+    group: dist.ProcessGroup | None = None,
+) -> Installation:
+    """Show `observer` what the row-parallel layers of `model` reduce, and its sum; nothing is compressed meanwhile.
+
+    model, group: as for `install`; also a collective call. Every rank has its own observer.
+
+    The report counts each message shown as declined, for the reason "observed".
+
+    Raises, before anything is changed, ConfigError if anything else is installed, and what `install` raises.
+    """
+    return _install(Config, model, group, weights_follow=False, observer=observer)
+
+
 def _install(
     read_section: Callable[[], Config],
     model: torch.nn.Module | Iterable[torch.nn.Module] | None,
     group: dist.ProcessGroup | None,
     weights_follow: bool,
+    observer: Observer | None = None,
 ) -> Installation:
-    """`install`; weights_follow: the model is not built yet, and what builds it will load the weights."""
+    """`install` or `observe`; weights_follow: the model is not built yet, and what builds it will load the weights."""
     with _registry.lock, ExitStack() as undo:
         problem: Exception | None = None
         try:
             section = read_section()
-            active = _registry.find(section)
+            active = _registry.find(section, observer)
             if model is not None:
                 active.load_weights(model, undo)
                 active.attach(model)
@@ -277,7 +301,7 @@ def _install(
             problem = error
         if dist.is_available() and dist.is_initialized():
             # A rank that failed says so, or the others would wait for it.
-            agree(problem or statement(section), group)
+            agree(problem or active.door.statement(), group)
             active.door.trust(group)
         elif problem is not None:
             raise problem

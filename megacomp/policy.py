@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megacomp import codecs
+from megacomp.calibration import Calibration, CalibrationError
 from megacomp.collectives import Route
 from megacomp.config import ConfigError, Layers
 from megacomp.kernels.backend import backend_problem
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from megacomp.config import Collective, Communication, Config, Module, Rule
 
 __all__ = ["Decline", "Policy", "Site"]
+
+
+_CALIBRATION = "megacomp.communication.calibration"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Decline(Enum):
     EMPTY = "empty", "it has no values"
     BELOW_MIN_BYTES = "below_min_bytes", "it is smaller than min_bytes"
     EXACT = "exact", "the configuration leaves it exact (codec null)"
+    OBSERVED = "observed", "it is being observed, and nothing is compressed meanwhile"
+    NOT_CALIBRATED = (
+        "not_calibrated",
+        "the calibration is not for such a message (site, ranks, hidden size, collective)",
+    )
     UNKNOWN_LAYER = "unknown_layer", "a rule names layers and its layer is unknown; install with model=..."
 
     def __init__(self, key: str, why: str) -> None:
@@ -77,12 +86,13 @@ class Policy:
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError if this machine lacks what the backend of `config` needs."""
+        """Raises ConfigError if this machine lacks what the backend of `config` needs, or without its calibration."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if problem := backend_problem(config.backend, device):
             raise ConfigError([("megacomp.backend", f'"{config.backend}" is not possible here: {problem}')])
         self._communication = config.communication
         self._backend = config.backend
+        self.calibration = _calibration(self._communication)
         rules = [self._communication.resolve(rule) for rule in self._communication.rules]
         self._rules = [(rule, rule.layers and Layers.parse(rule.layers), self._route(rule)) for rule in rules]
         self._default = self._route(self._communication)
@@ -108,26 +118,59 @@ class Policy:
         All arguments are the same on every rank of a group, and equal arguments give equal answers: so all
         ranks decide alike without asking one another.
         """
+        size = rows * features * dtype.itemsize
+        if unfit := self.unfit(size, dtype, world_size, grad_enabled):
+            return unfit
+        if collective not in self._communication.collectives:
+            return Decline.COLLECTIVE
+        if not even:
+            return Decline.UNEVEN_SPLIT
+        windows = self._windows.get(site)
+        if windows is None:
+            windows = self._windows[site] = self._windows_of(site)
+        for low, high, outcome in windows:
+            if low <= size <= high:
+                fits = isinstance(outcome, Decline) or self._fits(outcome, collective, features, world_size)
+                return outcome if fits else Decline.NOT_CALIBRATED
+        return Decline.BELOW_MIN_BYTES
+
+    @staticmethod
+    def unfit(size: int, dtype: torch.dtype, world_size: int, grad_enabled: bool) -> Decline | None:
+        """Why no configuration would have a message of `size` bytes compressed, or None."""
         if world_size == 1:
             return Decline.SINGLE_RANK
         if grad_enabled:
             return Decline.GRAD_ENABLED
         if dtype not in codecs.DTYPES:
             return Decline.DTYPE if dtype.is_floating_point else Decline.NOT_FLOATING
-        if collective not in self._communication.collectives:
-            return Decline.COLLECTIVE
-        if not even:
-            return Decline.UNEVEN_SPLIT
-        size = rows * features * dtype.itemsize
-        if not size:
-            return Decline.EMPTY
-        windows = self._windows.get(site)
-        if windows is None:
-            windows = self._windows[site] = self._windows_of(site)
-        for low, high, outcome in windows:
-            if low <= size <= high:
-                return outcome
-        return Decline.BELOW_MIN_BYTES
+        return None if size else Decline.EMPTY
+
+    def _fits(self, route: Route, collective: Collective, features: int, world_size: int) -> bool:
+        """Whether the static codecs of `route`, if any, were calibrated for such a message."""
+        if self.calibration is None or not _static(route):
+            return True
+        # What is gathered in front of a column-parallel layer is no partial, nor a sum of them.
+        fits = (world_size, features) == (self.calibration.tp, self.calibration.features)
+        return fits and collective != "all_gather"
+
+    def check_calibration(self, sites: Collection[Site], features: Collection[int], ranks: Collection[int]) -> None:
+        """Raise ConfigError unless the calibration, if there is one, is for these sites of a model.
+
+        features: what their layers give out, some of them the hidden size. ranks: the sizes of their tensor-parallel groups.
+        """
+        if self.calibration is None:
+            return
+        try:
+            for count in ranks:
+                self.calibration.check(tp=count)
+            if features and self.calibration.features not in features:
+                self.calibration.check(features=min(features))
+            for site in sites:
+                for window in self._windows_of(site):
+                    if window.outcome is Decline.NOT_CALIBRATED:
+                        raise CalibrationError(f"{self.calibration.source} has no tables for site {site.name}")
+        except CalibrationError as error:
+            raise ConfigError([(_CALIBRATION, str(error))]) from None
 
     def check_rules(self, sites: Collection[Site]) -> None:
         """Raise ConfigError, naming them, if rules can match none of `sites`, the sites of a model.
@@ -156,11 +199,35 @@ class Policy:
         if settings.codec is None:
             return Decline.EXACT
         gather_codec = settings.gather_codec
-        return Route(
+        route = Route(
             codec=codecs.get(settings.codec, backend=self._backend),
             gather_codec=None if gather_codec is None else codecs.get(gather_codec, backend=self._backend),
             algorithm=settings.algorithm,
             pipeline_chunks=self._communication.pipeline_chunks,
+        )
+        if self.calibration is not None:
+            for codec in _static(route):
+                if codec.name not in self.calibration.tables:
+                    try:
+                        self.calibration.codec(codec, "")
+                    except CalibrationError as error:
+                        raise ConfigError([(_CALIBRATION, str(error))]) from None
+        return route
+
+    def _at(self, site: Site, outcome: Route | Decline) -> Route | Decline:
+        """`outcome` with static codecs as they are calibrated for `site`."""
+        if self.calibration is None or isinstance(outcome, Decline):
+            return outcome
+        calibrated = {}
+        for codec in _static(outcome):
+            if site.name not in self.calibration.tables[codec.name]:
+                return Decline.NOT_CALIBRATED
+            calibrated[codec] = self.calibration.codec(codec, site.name)
+        gather_codec = outcome.gather_codec
+        return replace(
+            outcome,
+            codec=calibrated.get(outcome.codec, outcome.codec),
+            gather_codec=None if gather_codec is None else calibrated.get(gather_codec, gather_codec),
         )
 
     def _windows_of(self, site: Site) -> tuple[_Window, ...]:
@@ -175,6 +242,23 @@ class Policy:
                     outcome = Decline.UNKNOWN_LAYER
                 elif not layers.contains(site.layer, site.layer_count):
                     continue
-            windows.append(_Window(rule.min_bytes or 0, inf if rule.max_bytes is None else rule.max_bytes, outcome))
-        windows.append(_Window(self._communication.min_bytes, inf, self._default))
+            windows.append(
+                _Window(rule.min_bytes or 0, inf if rule.max_bytes is None else rule.max_bytes, self._at(site, outcome))
+            )
+        windows.append(_Window(self._communication.min_bytes, inf, self._at(site, self._default)))
         return tuple(windows)
+
+
+def _static(route: Route) -> list[codecs.StaticCodec]:
+    """The static codecs of a route."""
+    return [codec for codec in (route.codec, route.gather_codec) if isinstance(codec, codecs.StaticCodec)]
+
+
+def _calibration(communication: Communication) -> Calibration | None:
+    """The calibration that `communication` names; ConfigError if it cannot be read."""
+    if communication.calibration is None:
+        return None
+    try:
+        return Calibration.read(communication.calibration)
+    except CalibrationError as error:
+        raise ConfigError([(_CALIBRATION, str(error))]) from None

@@ -191,7 +191,8 @@ def _init_inference(door: Door, framework: DeepSpeed, original: Callable[..., An
     def init_inference(model: torch.nn.Module, config: Any = None, **kwargs: Any) -> Any:
         engine = original(model, door.without_section(config), **kwargs)
         sites = framework.sites(engine.module)
-        door.attach(sites, framework.not_covered(engine.module))
+        ranks = framework.ranks(engine.module)
+        door.attach(sites, framework.not_covered(engine.module), () if ranks is None else (ranks[1],))
         # In the order of the layers: every rank must come to the same groups in the same order.
         for group in dict.fromkeys(layer.mp_group for layer in sites):
             if group is not None:

@@ -26,6 +26,7 @@ FLOORS = {
     "megacomp.kernels": 0,
     "megacomp.codecs": 1,
     "megacomp.collectives": 2,
+    "megacomp.calibration": 2,
     "megacomp.gptq": 2,
     "megacomp.config": 3,
     "megacomp.policy": 3,
@@ -39,7 +40,7 @@ FLOORS = {
     "megacomp.launch": 6,
 }
 FRAMEWORKS = {"deepspeed", "megatron", "transformers"}
-READS_FILES = {"megacomp.gptq.tensor_files"}
+READS_FILES = {"megacomp.calibration.file", "megacomp.gptq.tensor_files"}
 EXTENDS_FRAMEWORKS = {"megacomp.patches.deepspeed_layers", "megacomp.patches.megatron_layers"}
 """They subclass a framework's layers, so they import it; nobody imports them before the framework."""
 

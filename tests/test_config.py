@@ -135,7 +135,13 @@ def test_rules_inherit_what_they_leave_open() -> None:
         ({"communication": {"min_bytes": True}}, "megacomp.communication.min_bytes", ["integer", "true"]),
         ({"communication": {"min_bytes": -1}}, "megacomp.communication.min_bytes", ["at least 0", "-1"]),
         ({"communication": {"min_bytes": "tuned"}}, "megacomp.communication.min_bytes", ["not supported"]),
-        ({"communication": {"calibration": "c.json"}}, "megacomp.communication.calibration", ["not supported", "null"]),
+        ({"communication": {"calibration": 3}}, "megacomp.communication.calibration", ["3", "string"]),
+        ({"communication": {"codec": "static4"}}, "megacomp.communication.codec", ["static4", "calibration"]),
+        (
+            {"communication": {"rules": [{"layers": "0", "gather_codec": "static4_paper"}]}},
+            "megacomp.communication.rules[0].gather_codec",
+            ["static4_paper", "calibration"],
+        ),
         ({"communication": {"pipeline_chunks": 0}}, "megacomp.communication.pipeline_chunks", ["at least 1", "0"]),
         ({"communication": {"pipeline_chunks": True}}, "megacomp.communication.pipeline_chunks", ["true"]),
         (

@@ -50,7 +50,7 @@ class Row:
     @classmethod
     def uncompressed(cls, result: Evaluation) -> Row:
         """The other side of the same evaluation: bf16 on the wire, and equal to itself."""
-        assert result.plain_bytes_per_token is not None
+        assert result.plain_bytes_per_token is not None and result.baseline_ttft_ms is not None
         return cls(
             engine=result.engine,
             tp=result.tp,

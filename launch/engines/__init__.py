@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from megacomp.gptq import Order
 from megacomp.launch import distributed
-from megacomp.launch.engines import cpu_host
+from megacomp.launch.engines import cpu_host, simulated
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.engines.base import Engine, Generation
 from megacomp.launch.engines.checkpoint import Checkpoint
@@ -71,13 +72,15 @@ def build(
     device: torch.device | str | None = None,
     weights: str | Path | None = None,
     order: Order = "tp_aware",
+    simulate: bool = False,
 ) -> Engine:
     """A Llama, Mistral or Qwen2 model from a local Hugging Face folder, on `tp` ranks, not compressed.
 
     The folder may be a GPTQ checkpoint, or one that `megacomp convert` has written for `tp` ranks.
 
     Every rank calls this. The ranks are those of the default process group, or of the launcher's
-    environment, or this process alone; there must be exactly `tp`.
+    environment, or this process alone; there must be exactly `tp`. With `simulate` there must be this process
+    alone, and it takes the part of all `tp` ranks (`SimulatedEngine`).
 
     dtype: float32, bfloat16 or float16, of weights and activations. device: default this rank's GPU, or the
     CPU where there is none. weights: the folder of a GPTQ checkpoint whose linears take the place of the
@@ -106,13 +109,15 @@ def build(
     hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     cleanup = ExitStack()
     try:
-        cleanup.enter_context(distributed.process_group(tp, place))
+        simulate = simulate and tp > 1
+        cleanup.enter_context(distributed.process_group(1 if simulate else tp, place))
         with warnings.catch_warnings():
             # Megatron warns that Transformer Engine and apex, which we do not use, are absent, and of its own
             # defaults.
             warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
             module = _module(engine, place)
-            return module.build(folder, architecture, hf_config, tp, dtype, place, cleanup, quantized)
+            build_rank = partial(module.build, folder, architecture, hf_config, tp, dtype, place, cleanup, quantized)
+            return simulated.build(build_rank, tp, place, cleanup) if simulate else build_rank()
     except BaseException:
         cleanup.close()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,12 +40,13 @@ class Engine(ABC):
     Every rank calls every method with the same arguments, and receives the same result. Compression is
     switched on around the calls: `with megacomp.install(config, model=engine.module): ...`.
 
-    tp: ranks. dtype: of weights and activations. device: of this rank. group: the tensor-parallel process
-    group. module: the model, as `megacomp.install` wants it. hf_config: its transformers configuration;
-    architecture: what of it was checked.
+    tp: ranks. simulated: whether this process takes the part of all of them. dtype: of weights and activations.
+    device: of this rank. group: the tensor-parallel process group. module: the model, as `megacomp.install` wants
+    it. hf_config: its transformers configuration; architecture: what of it was checked.
     """
 
-    name: ClassVar[str]
+    name: str
+    simulated: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -98,10 +99,12 @@ class Engine(ABC):
         tokens: torch.Tensor,
         max_new_tokens: int,
         eos_token_id: int | Collection[int] | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
     ) -> Generation:
         """Greedy decoding with a KV cache.
 
         tokens: int64 [1, length], the prompt. eos_token_id: generation ends with any of these.
+        stop: asked after each new token, with all new ones, whether generation ends there.
         Raises ValueError for another batch size, an empty prompt or fewer than one new token.
         """
         if tokens.shape[0] != 1 or tokens.shape[1] < 1 or max_new_tokens < 1:
@@ -114,7 +117,7 @@ class Engine(ABC):
         cache = self._new_cache(1, tokens.shape[1] + max_new_tokens)
         chosen = [self._choose(self._advance(tokens.to(self.device), cache))]
         first = time.perf_counter()
-        while len(chosen) < max_new_tokens and chosen[-1] not in ends:
+        while len(chosen) < max_new_tokens and chosen[-1] not in ends and not (stop and stop(chosen)):
             newest = torch.tensor([chosen[-1:]], device=self.device)
             chosen.append(self._choose(self._advance(newest, cache)))
         return Generation(chosen, first - start, time.perf_counter() - first)

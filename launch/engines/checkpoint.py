@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,3 +45,23 @@ class Checkpoint(TensorFiles):
     def unused(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Names of the tensors that `shapes` does not call for, sorted."""
         return sorted(self.names() - shapes.keys())
+
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of a model folder: its config.json, and of each weights file the name, the size, and samples.
+
+    Samples are 4 KiB at 64 evenly spaced places, headers among them: any training in between changes them, and a
+    model of hundreds of gigabytes is not read whole.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name},{size}".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

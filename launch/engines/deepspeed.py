@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject import layers
 from packaging.version import Version
 
+from megacomp.collectives import SimulatedGroup
 from megacomp.launch.engines import cpu_host
 from megacomp.launch.engines._scoped import unchanged
 from megacomp.launch.engines.architecture import Architecture
@@ -61,10 +62,12 @@ def build(
     device: torch.device,
     cleanup: ExitStack,
     quantized: QuantizedWeights | None,
+    simulated: SimulatedGroup | None = None,
 ) -> DeepSpeedEngine:
     """The engine for the checked model in `folder`; a default process group of `tp` ranks is there.
 
     cleanup: receives what undoes each change of global state. quantized: GPTQ weights, checked as well.
+    simulated: the `tp` ranks instead, as the rank to be built sees them; the default group is one process.
     Raises LaunchError if `device` is not of the kind DeepSpeed has chosen (DS_ACCELERATOR), or if this
     transformers does not understand the model's rotary settings.
     """
@@ -84,13 +87,16 @@ def build(
     cleanup.enter_context(unchanged(deepspeed.comm.comm, "cdb"))
     cleanup.enter_context(unchanged(inference, "DS_INFERENCE_ENABLED"))
     cleanup.enter_context(unchanged(inference.InferenceEngine, "inference_mp_group"))
-    inference.InferenceEngine.inference_mp_group = None
+    inference.InferenceEngine.inference_mp_group = simulated
     with ExitStack() as setup:
         setup.enter_context(torch.random.fork_rng(devices=[]))
         # AutoTP prints its plan on standard output, which belongs to the command's own results.
         setup.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if accelerator == "cpu":
             setup.enter_context(cpu_host.deepspeed_without_shared_memory())
+        if simulated is not None:
+            # Done by the engine otherwise, along with the group.
+            deepspeed.init_distributed()
         # DeepSpeed would otherwise cut the MLP at multiples of 64 features; so that partials are the same
         # whichever engine makes them, and every rank has equal work, it is cut evenly.
         parallel = {"tp_size": tp, "tp_grain_size": 1}
@@ -100,12 +106,12 @@ def build(
             setup.enter_context(unchanged(layers.TensorParallel_Layer, "keep_module_on_host"))
             settings["keep_module_on_host"] = True
         engine = deepspeed.init_inference(model, config=settings)
-    if quantized is not None:
-        quantized.install(DeepSpeed(), engine.module, dist.get_rank(), tp)
-        engine.module.to(device)
-    if tp > 1:
-        cleanup.callback(dist.destroy_process_group, engine.mp_group)
     group: Any = engine.mp_group if tp > 1 else dist.group.WORLD
+    if quantized is not None:
+        quantized.install(DeepSpeed(), engine.module, group.rank(), tp)
+        engine.module.to(device)
+    if tp > 1 and simulated is None:
+        cleanup.callback(dist.destroy_process_group, group)
     return DeepSpeedEngine(engine.module, hf_config, architecture, tp, dtype, device, group, cleanup)
 
 

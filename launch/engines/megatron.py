@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.distributed import distributed_c10d
 
+from megacomp.collectives import SimulatedGroup
 from megacomp.launch.engines import cpu_host, megatron_weights
-from megacomp.launch.engines._scoped import unchanged
+from megacomp.launch.engines._scoped import attribute, unchanged
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.engines.base import Engine
 from megacomp.launch.engines.checkpoint import Checkpoint
@@ -78,27 +82,31 @@ def build(
     device: torch.device,
     cleanup: ExitStack,
     quantized: QuantizedWeights | None,
+    simulated: SimulatedGroup | None = None,
 ) -> MegatronEngine:
     """The engine for the checked model in `folder`; a default process group of `tp` ranks is there.
 
     cleanup: receives what undoes each change of global state. quantized: GPTQ weights, checked as well.
-    Raises LaunchError if Megatron's parallel state is already set up with another size.
+    simulated: the `tp` ranks instead, as the rank to be built sees them; the default group is one process.
+    Raises LaunchError if Megatron's parallel state is already set up with another size, and for simulated ranks of
+    a Megatron-core whose layers do not know their group.
     """
     if device.type == "cpu":
         cleanup.enter_context(cpu_host.megatron_without_cuda())
-    cleanup.enter_context(_parallel_state(tp))
+    cleanup.enter_context(_parallel_state(tp if simulated is None else 1))
     cleanup.enter_context(_inference_rng_tracker())
     # Dense weights that quantized ones replace are made on the CPU: there, memory never written to costs nothing.
     on_cpu = quantized is not None or device.type == "cpu"
-    module = _model(architecture, tp, dtype, device, on_cpu).eval().requires_grad_(False)
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    with nullcontext() if simulated is None else _building_for(simulated):
+        module = _model(architecture, tp, dtype, device, on_cpu).eval().requires_grad_(False)
+    group = parallel_state.get_tensor_model_parallel_group() if simulated is None else simulated
+    rank = group.rank()
     if quantized is not None:
         quantized.install(Megatron(), module, rank, tp)
     module.to(device=device, dtype=dtype)
     with Checkpoint(folder) as checkpoint:
         linears = quantized.linears if quantized is not None else frozenset()
         megatron_weights.load(module, checkpoint, architecture, rank, tp, linears)
-    group = parallel_state.get_tensor_model_parallel_group()
     return MegatronEngine(module, hf_config, architecture, tp, dtype, device, group, cleanup)
 
 
@@ -170,6 +178,15 @@ def _parallel_state(tp: int) -> Iterator[None]:
         # Megatron forgets its groups but does not end them.
         for group in [group for group in distributed_c10d._world.pg_map if group not in existing]:
             distributed_c10d.destroy_process_group(group)
+
+
+@contextmanager
+def _building_for(simulated: SimulatedGroup) -> Iterator[None]:
+    """Layers built inside the `with` block are of this tensor-parallel group, which they keep."""
+    if "tp_group" not in signature(RowParallelLinear).parameters:
+        raise LaunchError(f"simulated ranks need megatron-core 0.13 or later, not {megatron.core.__version__}")
+    with attribute(parallel_state, "_TENSOR_MODEL_PARALLEL_GROUP", simulated):
+        yield
 
 
 @contextmanager

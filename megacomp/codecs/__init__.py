@@ -4,7 +4,9 @@
 """
 
 from megacomp.codecs import operators  # noqa: F401 -- registers torch.ops.megacomp
+from megacomp.codecs.block import BlockCodec
 from megacomp.codecs.codec import DTYPES, Codec
 from megacomp.codecs.specification import CodecError, from_key, get, presets
+from megacomp.codecs.static import StaticCodec
 
-__all__ = ["DTYPES", "Codec", "CodecError", "from_key", "get", "presets"]
+__all__ = ["DTYPES", "BlockCodec", "Codec", "CodecError", "StaticCodec", "from_key", "get", "presets"]

@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from megacomp.kernels import BlockFormat, decode_sum, decode_sum_encode, encode
+from megacomp.kernels import add_norm, sums_in_slices
 
-__all__ = ["DTYPES", "Codec"]
+__all__ = ["DTYPES", "Codec", "canonical_json"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes a codec takes and returns."""
 
 
-@dataclass(frozen=True)
-class Codec:
-    """A block codec; make one with :func:`megacomp.codecs.get`.
+class Codec(ABC):
+    """A codec; make one with :func:`megacomp.codecs.get`.
 
-    The wire is row-wise: row ``r`` of the wire holds exactly row ``r`` of the tensor (packed codes, then scales,
-    padded to 8 bytes), so any split of the rows is a slice of the wire. A block with a NaN or Inf decodes to NaN;
-    zero blocks decode to zero; magnitudes beyond the format's range saturate.
+    The wire is row-wise: row ``r`` of the wire holds exactly row ``r`` of the tensor (codes, then what else is needed
+    to read them, padded to 8 bytes), so any split of the rows is a slice of the wire. NaN and Inf come out as NaN;
+    magnitudes beyond the format's range saturate.
 
-    Inside torch.compile the three operations are those of ``torch.ops.megacomp`` (operators.py): no graph breaks.
+    Inside torch.compile the operations are those of ``torch.ops.megacomp`` (operators.py): no graph breaks.
 
     Attributes:
         name: ``"mxfp4"``, ``"int4+rotation128"``...
         spec: the specification with every option explicit; JSON-serializable, accepted by ``get``.
-        format: the numerics and the layout.
         backend: ``"auto"``, ``"reference"``, ``"compiled"`` or ``"triton"``; all give the same bits.
-        key: specification and backend as canonical JSON, from which ``from_key`` makes this codec again, in
-            another process too.
+        key: canonical JSON of all that decides its bits, and its backend, from which ``from_key`` makes it again.
+        static: whether it needs tables from a calibration.
     """
 
     name: str
-    spec: Mapping[str, object] = field(hash=False)
-    format: BlockFormat
-    backend: str = "auto"
-    key: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        options = ",".join(f'"{name}":{_json(self.spec[name])}' for name in sorted(self.spec))
-        object.__setattr__(self, "key", f'{{"backend":"{self.backend}","spec":{{{options}}}}}')
+    spec: Mapping[str, object]
+    backend: str
+    key: str
+    static: ClassVar[bool]
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def summed(self) -> Codec:
+        """The codec of sums of what this one encodes: a block codec makes no difference."""
+        return self
+
+    def sender(self, rank: int) -> Codec:
+        """What rank ``rank`` of a group encodes its partials by: a block codec is the same on every rank."""
+        return self
+
+    @abstractmethod
+    def with_backend(self, backend: str) -> Codec:
+        """The same codec, computed by ``backend``."""
+
+    @abstractmethod
     def row_bytes(self, features: int) -> int:
         """Bytes of one row of ``features`` values on the wire; a multiple of 8."""
-        return self.format.row_bytes(features)
+
+    @abstractmethod
+    def _encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
+        """``encode`` of checked tensors."""
+
+    @abstractmethod
+    def _decode_sum(self, wires: torch.Tensor, out: torch.Tensor) -> None:
+        """``decode_sum`` of checked tensors."""
 
     def bits_per_value(self, features: int) -> float:
         """Bits on the wire per value, scales and padding included."""
@@ -81,7 +97,7 @@ class Codec:
             out = torch.empty(shape, dtype=torch.uint8, device=x.device)
         else:
             _check_wire("out", out, shape)
-        encode(self.format, x.detach(), out, self.backend)
+        self._encode(x.detach(), out)
         return out
 
     def decode_sum(
@@ -117,7 +133,7 @@ class Codec:
         _check_wire("wires", wires, (*wires.shape[:2], self.row_bytes(features)))
         if out is None:
             out = torch.empty(wires.shape[1], features, dtype=dtype, device=wires.device)
-        decode_sum(self.format, wires, out, self.backend)
+        self._decode_sum(wires, out)
         return out
 
     def decode_sum_encode(
@@ -158,8 +174,38 @@ class Codec:
             out = torch.empty(shape, dtype=torch.uint8, device=wires.device)
         else:
             _check_wire("out", out, shape)
-        decode_sum_encode(self.format, wires, gather_codec.format, features, out, self.backend, sums)
+        self._decode_sum_encode(wires, features, gather_codec, out, sums)
         return out
+
+    def _decode_sum_encode(
+        self,
+        wires: torch.Tensor,
+        features: int,
+        gather_codec: Codec,
+        out: torch.Tensor,
+        sums: torch.Tensor | None,
+    ) -> None:
+        """``decode_sum_encode`` of checked tensors, in its two steps."""
+        for part, total in sums_in_slices(self._decode_sum, wires, features, sums):
+            gather_codec._encode(total, out[part])
+
+    def reduce_norm(
+        self,
+        wires: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        new_residual: torch.Tensor,
+        normalized: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> None:
+        """new_residual = residual + sum(decode(wires)) + bias; normalized = RMSNorm(new_residual) * weight.
+
+        Arguments as for :func:`megacomp.kernels.reduce_norm`.
+        """
+        for part, total in sums_in_slices(self._decode_sum, wires, residual.shape[1], sums):
+            add_norm(total, residual[part], weight, eps, new_residual[part], normalized[part], bias)
 
     def decode(
         self,
@@ -191,8 +237,12 @@ def _check_wire(what: str, wire: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{what} must have contiguous rows that start at multiples of 8 bytes")
 
 
+def canonical_json(options: Mapping[str, object]) -> str:
+    """JSON of options, sorted; by hand, for torch.compile follows this and not the json module."""
+    return "{" + ",".join(f'"{name}":{_json(options[name])}' for name in sorted(options)) + "}"
+
+
 def _json(value: object) -> str:
-    """JSON of one option; by hand, for torch.compile follows this and not the json module."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -9,6 +9,8 @@ from megacomp.collectives.all_reduce import all_reduce
 from megacomp.collectives.all_reduce_norm import all_reduce_norm
 from megacomp.collectives.reduce_scatter import reduce_scatter
 from megacomp.collectives.route import Algorithm, Route, choose_algorithm, choose_chunks
+from megacomp.collectives.simulated import simulated_all_reduce
+from megacomp.collectives.simulated_ranks import SimulatedGroup, SimulatedRanks
 from megacomp.collectives.trace import Trace
 from megacomp.collectives.traffic import Collective, Traffic, payload_ratio, wire_bytes
 
@@ -16,6 +18,8 @@ __all__ = [
     "Algorithm",
     "Collective",
     "Route",
+    "SimulatedGroup",
+    "SimulatedRanks",
     "Trace",
     "Traffic",
     "all_gather",
@@ -25,5 +29,6 @@ __all__ = [
     "choose_chunks",
     "payload_ratio",
     "reduce_scatter",
+    "simulated_all_reduce",
     "wire_bytes",
 ]

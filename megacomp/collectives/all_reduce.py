@@ -9,6 +9,8 @@ from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into
 from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, name_of, peers_of
 from megacomp.collectives.partition import deal
 from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
+from megacomp.collectives.simulated import simulated_all_reduce
+from megacomp.collectives.simulated_ranks import SimulatedGroup
 from megacomp.collectives.trace import Trace
 
 
@@ -24,7 +26,7 @@ def all_reduce(
 
     x: [..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not written
         to, unless it is `out` as well.
-    group: any process group this rank is a member of; None means the default group.
+    group: any process group this rank is a member of, a SimulatedGroup included; None means the default group.
     route: the same on every rank.
     out: where to write the result: contiguous, of x's shape, dtype and device; may be `x` itself.
     trace: adds up where the time of this call went.
@@ -57,6 +59,8 @@ def _all_reduce(
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if peers.world_size == 1 or x.numel() == 0:
         return result.copy_(x.detach())
+    if isinstance(group, SimulatedGroup):
+        return result.copy_(group.exchange(x.detach(), lambda partials: simulated_all_reduce(partials, route)))
     reduce_rows(as_matrix(x), into(as_matrix(result)), peers, route, trace)
     return result
 

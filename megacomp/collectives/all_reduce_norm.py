@@ -10,7 +10,7 @@ from megacomp.collectives.all_reduce import reduce_rows
 from megacomp.collectives.hops import sums_buffer
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route
-from megacomp.kernels import add_norm, reduce_norm
+from megacomp.kernels import add_norm
 
 
 def all_reduce_norm(
@@ -61,15 +61,13 @@ def all_reduce_norm(
 
     def finish(codec: Codec, wires: torch.Tensor, owned: range) -> None:
         part = slice(owned.start, owned.stop)
-        reduce_norm(
-            codec.format,
+        codec.reduce_norm(
             wires,
             residuals[part],
             weight,
             eps,
             new_residuals[part],
             norms[part],
-            codec.backend,
             bias,
             sums_buffer(len(owned), rows.shape[1], rows.device),
         )

@@ -74,7 +74,7 @@ class _Hop(ABC):
         trace: Trace | None,
     ) -> None:
         """pieces: for each chunk, one range of rows per rank (`cut`)."""
-        self._codec = codec
+        self._codec = codec.sender(peers.rank)
         self._rank = peers.rank
         self._pieces = pieces
         self._features = features

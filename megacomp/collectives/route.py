@@ -63,7 +63,7 @@ class Route:
     @property
     def second_codec(self) -> Codec:
         """The codec of the second hop of two-shot."""
-        return self.codec if self.gather_codec is None else self.gather_codec
+        return (self.codec if self.gather_codec is None else self.gather_codec).summed
 
     @property
     def key(self) -> str:

@@ -14,6 +14,7 @@ from engines import tiny_models
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from megacomp import codecs
 from megacomp.launch import bench, cli, command
 from megacomp.launch import eval as eval_command
 
@@ -101,6 +102,39 @@ def test_generate_continues_as_transformers_does(folder: Path, tmp_path: Path) -
         assert "6 tokens, first after" in result.output
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_simulated_ranks(folder: Path, tmp_path: Path, engine: str) -> None:
+    simulate, config = ("--simulate-tp", 4, "--engine", engine), ("--config", folder / "ds.json")
+    result = _eval(folder, *simulate, *config, "--tokens", folder / "tokens.npy", "--json", tmp_path / "eval.json")
+    assert result.exit_code == 0, result.output
+    assert f"{engine}, simulated TP 4" in result.output and "time to first token" not in result.output
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert (written["tp"], written["simulated"], written["codec"], written["ttft_ms"]) == (4, True, "int8", None)
+    # Two layers, each with two sites, where a rank sends its message to three others.
+    assert written["wire_bytes_per_token"] == 3 * 4 * codecs.get("int8").row_bytes(64)
+    assert 0 < abs(written["perplexity"] / written["baseline_perplexity"] - 1) < 0.01
+
+    generate = ("generate", "--model", folder, "--dtype", "fp32", "--max-new-tokens", 4, "--prompt", "w5 w17")
+    texts = []
+    for options in (simulate, ("--engine", engine)):
+        result = _call(*generate, *options, "--json", tmp_path / "generate.json")
+        assert result.exit_code == 0, result.output
+        written = json.loads((tmp_path / "generate.json").read_text())
+        texts.append(written["text"])
+        simulated = options is simulate
+        assert (written["tp"], written["simulated"]) == ((4, True) if simulated else (1, False))
+        assert (written["ttft_ms"] is None) == (written["tokens_per_s"] is None) == simulated
+        assert ("first after" in result.output) != simulated
+    assert texts[0] == texts[1]
+
+
+def test_simulated_ranks_are_for_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = _eval(folder, "--tokens", folder / "tokens.npy", "--simulate-tp", 2)
+    assert result.exit_code == 2 and "for one process, but the launcher started 2 ranks" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +152,9 @@ def test_generate_continues_as_transformers_does(folder: Path, tmp_path: Path) -
         ("eval --tokens {}/tokens.npy --config {}/none.json", "none.json"),
         ("eval --tokens {}/tokens.npy --tp 3", "tensor-parallel size 3 does not divide num_attention_heads 8"),
         ("eval --tokens {}/tokens.npy --tp 0", "at least 1, not 0"),
+        ("eval --tokens {}/tokens.npy --simulate-tp 3", "tensor-parallel size 3 does not divide"),
+        ("eval --tokens {}/tokens.npy --simulate-tp 2 --tp 2", "give only one"),
+        ("generate --prompt w1 --simulate-tp 2 --tp 2", "give only one"),
         ("eval --text {}/empty.txt", "empty.txt is empty: it gives 0 tokens, at least 2 are needed"),
         ("eval --text {}/binary.txt", "binary.txt is not UTF-8 text"),
         ("generate", "give either --prompt TEXT or --tokens FILE.npy"),
