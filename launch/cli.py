@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megacomp.launch import bench, convert, generate, run
+from megacomp.launch import bench, convert, generate, run, tune
 from megacomp.launch import eval as eval_command
 from megacomp.launch.command import RankedCommand, RankedGroup
 from megacomp.version import __version__
@@ -40,6 +40,7 @@ app.command("run", cls=RankedCommand, context_settings=run.CONTEXT_SETTINGS)(run
 app.command("generate", cls=RankedCommand)(generate.run)
 app.command("eval", cls=RankedCommand)(eval_command.run)
 app.command("convert", cls=RankedCommand)(convert.run)
+app.command("tune", cls=RankedCommand)(tune.run)
 app.add_typer(bench.app, name="bench")
 
 

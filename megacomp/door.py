@@ -117,6 +117,11 @@ class Door:
         self.require_same(section)
         return rest
 
+    def statement(self) -> dict[str, str]:
+        """What this rank goes by, and all ranks must: the configuration, and the measurements it refers to."""
+        tunings = self.policy.tunings
+        return {**statement(self.config), **(tunings.statement() if tunings is not None else {})}
+
     def trust(self, group: dist.ProcessGroup | None) -> None:
         """Take it that the ranks of `group` (None: the default group) have compared their configurations."""
         self._agreed_ranks.add(frozenset(dist.get_process_group_ranks(group)))
@@ -130,7 +135,7 @@ class Door:
             return
         ranks = frozenset(dist.get_process_group_ranks(group))
         if len(ranks) > 1 and not any(ranks <= agreed for agreed in self._agreed_ranks):
-            agree(statement(self.config), group)
+            agree(self.statement(), group)
         self._agreed_groups.add(group)
 
     # Compiled models break their graph here instead of tracing through decisions and counters, which would be

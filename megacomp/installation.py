@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacomp.agreement import agree, statement
+from megacomp.agreement import agree
 from megacomp.config import SECTION, Config, ConfigError, Weights, load, read
 from megacomp.door import Door
 from megacomp.gptq import QuantizedLinear, open_shards
@@ -204,6 +204,7 @@ class Installation:
             outside=door.telemetry.outside,
             not_covered=dict(door.not_covered),
             quantized=dict(active.quantized),
+            tuning={} if door.policy.tunings is None else door.policy.tunings.describe(),
         )
 
     def uninstall(self) -> None:
@@ -277,7 +278,7 @@ def _install(
             problem = error
         if dist.is_available() and dist.is_initialized():
             # A rank that failed says so, or the others would wait for it.
-            agree(problem or statement(section), group)
+            agree(problem or active.door.statement(), group)
             active.door.trust(group)
         elif problem is not None:
             raise problem

@@ -28,6 +28,7 @@ FLOORS = {
     "megacomp.collectives": 2,
     "megacomp.gptq": 2,
     "megacomp.config": 3,
+    "megacomp.tuning": 3,
     "megacomp.policy": 3,
     "megacomp.agreement": 3,
     "megacomp.telemetry": 3,
