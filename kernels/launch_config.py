@@ -37,6 +37,7 @@ __all__ = [
     "LaunchConfig",
     "Measurement",
     "cache_file",
+    "cache_folder",
     "candidates",
     "check",
     "device_problem",
@@ -419,15 +420,20 @@ def forget() -> None:
 
 def cache_file(gpu: str) -> Path:
     """Where a user's measurements on GPUs named ``gpu`` are: ``$XDG_CACHE_HOME/megacomp/kernels/<gpu>.json``."""
+    return cache_folder("kernels") / f"{slug(gpu)}.json"
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of measurements of this user: ``$XDG_CACHE_HOME/megacomp/<name>``."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification ignores relative paths.
     base = Path(configured) if Path(configured).is_absolute() else Path("~/.cache").expanduser()
-    return base / "megacomp" / "kernels" / f"{slug(gpu)}.json"
+    return base / "megacomp" / name
 
 
-def slug(gpu: str) -> str:
-    """A GPU's name as a file's: ``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") or "gpu"
+def slug(name: str) -> str:
+    """A device's name as a file's: ``"NVIDIA H200"`` -> ``"nvidia-h200"``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "gpu"
 
 
 def format_name(format: BlockFormat) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megacomp.tuning import cpu_name
 from megacomp.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed", "megatron-core")
@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "threads_per_rank": torch.get_num_threads(),
         "backend": dist.get_backend() if dist.is_initialized() else None,
@@ -39,11 +39,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

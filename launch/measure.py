@@ -72,7 +72,7 @@ def measure(
         compressed_s = _seconds(compress, group, device)
         if repetition >= warmup:
             seconds = (plain_s, compressed_s, trace.encode, trace.wire, trace.decode)
-            for name, value in zip(times, _slowest(seconds, group, device), strict=True):
+            for name, value in zip(times, slowest(seconds, group, device), strict=True):
                 times[name].append(value)
     median_ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     world_size = dist.get_world_size(group)
@@ -129,23 +129,24 @@ def _errors(x: torch.Tensor, route: Route, group: dist.ProcessGroup | None) -> d
 
 def _seconds(call: Callable[[], object], group: dist.ProcessGroup | None, device: torch.device) -> float:
     dist.barrier(group)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _slowest(seconds: tuple[float, ...], group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
+def slowest(seconds: tuple[float, ...], group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
     """Each figure's maximum over the ranks."""
-    slowest = torch.tensor(seconds, dtype=torch.float32, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
-    return slowest.tolist()
+    figures = torch.tensor(seconds, dtype=torch.float32, device=device)
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=group)
+    return figures.tolist()
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

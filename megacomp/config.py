@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -37,8 +37,14 @@ __all__ = ["Communication", "Config", "ConfigError", "Layers", "Rule", "Telemetr
 SECTION = "megacomp"
 _EXAMPLE = '"megacomp": {"communication": {"codec": "mxfp4"}}'
 
+TUNED: Final = "tuned"
+"""In the place of a setting: what `megacomp tune` measured."""
+
+DEFAULT_MIN_BYTES = 65536
+"""Also where "tuned" finds no measurement."""
+
 Module = Literal["attention", "mlp"]
-AlgorithmOrAuto = Literal["auto", Algorithm]
+AlgorithmChoice = Literal["auto", "tuned", Algorithm]
 Backend = Literal["auto", "reference", "compiled", "triton"]
 
 
@@ -132,15 +138,15 @@ def _layers(text: Any) -> Any:
 
 
 def _chunks(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value in ("auto", TUNED) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise _error("pipeline_chunks", f'must be "auto" or an integer of at least 1, not {_shown(value)}')
+    raise _error("pipeline_chunks", f'must be "auto", "tuned" or an integer of at least 1, not {_shown(value)}')
 
 
 def _min_bytes(value: Any) -> Any:
-    if value == "tuned":
-        raise _error("min_bytes", '"tuned" is not supported in this version of megacomp; give a number of bytes')
-    return value
+    if value == TUNED or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise _error("min_bytes", f'must be an integer, at least 0, or "tuned", not {_shown(value)}')
 
 
 def _collectives(values: Any) -> Any:
@@ -156,6 +162,7 @@ def _tuple(values: Any) -> Any:
 
 CodecSpec = Annotated[str | dict[str, Any] | None, PlainValidator(_codec)]
 ByteCount = Annotated[int, Field(ge=0)]
+Threshold = Annotated[int | Literal["tuned"], PlainValidator(_min_bytes)]
 
 
 class _Section(BaseModel):
@@ -182,9 +189,10 @@ class Rule(_Section):
     Not given: both.
     """
 
-    min_bytes: ByteCount | None = None
+    min_bytes: Threshold | None = None
     """
-    The smallest message it applies to, in bytes of the uncompressed tensor on one rank.
+    The smallest message it applies to, in bytes of the uncompressed tensor on one rank. With "tuned", its own or
+    inherited, it applies to every size and leaves exact what is smaller than its codec's measured threshold.
     """
 
     max_bytes: ByteCount | None = None
@@ -202,7 +210,7 @@ class Rule(_Section):
     As `communication.gather_codec`.
     """
 
-    algorithm: AlgorithmOrAuto = "auto"
+    algorithm: AlgorithmChoice = "auto"
     """
     As `communication.algorithm`.
     """
@@ -222,16 +230,18 @@ class Communication(_Section):
     The codec of the second hop of two-shot, the gather of the reduced rows; null for the same codec.
     """
 
-    algorithm: AlgorithmOrAuto = "auto"
+    algorithm: AlgorithmChoice = "auto"
     """
     "one_shot" (everyone sends everything to everyone, one rounding), "two_shot" (reduce-scatter, then
-    all-gather: two roundings, fewer bytes with more than two ranks), or "auto", by ranks and rows.
+    all-gather: two roundings, fewer bytes with more than two ranks), "auto", by ranks and rows, or "tuned",
+    what `megacomp tune` found the fastest for each size.
     """
 
-    min_bytes: Annotated[ByteCount, BeforeValidator(_min_bytes)] = 65536
+    min_bytes: Threshold = DEFAULT_MIN_BYTES
     """
     Messages smaller than this, in bytes of the uncompressed tensor on one rank, stay exact: below some size
-    encoding takes longer than it saves. The default leaves the decoding of single tokens exact.
+    encoding takes longer than it saves. The default leaves the decoding of single tokens exact. "tuned" is the
+    size from which on `megacomp tune` found compression faster; without such a measurement, the default.
     """
 
     collectives: Annotated[tuple[Collective, ...], BeforeValidator(_collectives)] = (
@@ -243,9 +253,15 @@ class Communication(_Section):
     parallelism) only on request: it carries activations, not partials.
     """
 
-    pipeline_chunks: Annotated[int | Literal["auto"], PlainValidator(_chunks)] = "auto"
+    pipeline_chunks: Annotated[int | Literal["auto", "tuned"], PlainValidator(_chunks)] = "auto"
     """
-    In how many chunks a message is cut, so that one is encoded while another travels; "auto" chooses by size.
+    In how many chunks a message is cut, so that one is encoded while another travels; "auto" chooses by size,
+    "tuned" is what `megacomp tune` found the fastest.
+    """
+
+    tuning: Annotated[str | None, Field(min_length=1)] = None
+    """
+    The file of `megacomp tune --out` that "tuned" refers to; null for those it keeps in the user's cache.
     """
 
     rules: Annotated[tuple[Rule, ...], BeforeValidator(_tuple)] = ()
@@ -268,6 +284,12 @@ class Communication(_Section):
         if rule.min_bytes is None:
             inherited["min_bytes"] = self.min_bytes
         return rule.model_copy(update=inherited)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether anything is left to `megacomp tune`."""
+        everywhere: list[Communication | Rule] = [self, *self.rules]
+        return self.pipeline_chunks == TUNED or any(TUNED in (at.min_bytes, at.algorithm) for at in everywhere)
 
 
 class Weights(_Section):
@@ -362,6 +384,8 @@ def _contradictions(communication: Communication) -> Iterator[tuple[str, str]]:
     path = f"{SECTION}.communication"
     yield from _unused_gather_codec(path, communication, communication.model_fields_set)
     yield from _uncalibrated_codecs(path, communication)
+    if communication.tuning is not None and not communication.tuned:
+        yield f"{path}.tuning", 'has no effect: neither min_bytes, algorithm nor pipeline_chunks is "tuned"'
     for index, rule in enumerate(communication.rules):
         at = f"{path}.rules[{index}]"
         resolved = communication.resolve(rule)
@@ -369,7 +393,7 @@ def _contradictions(communication: Communication) -> Iterator[tuple[str, str]]:
             yield at, "changes nothing; give a codec, gather_codec, algorithm, min_bytes or max_bytes"
         yield from _unused_gather_codec(at, resolved, rule.model_fields_set)
         low, high = resolved.min_bytes, resolved.max_bytes
-        if low is not None and high is not None and low > high:
+        if isinstance(low, int) and high is not None and low > high:
             of = "its min_bytes" if rule.min_bytes is not None else "the inherited min_bytes"
             yield f"{at}.max_bytes", f"matches no message: {high} is less than {of}, {low}"
 

@@ -153,13 +153,15 @@ class Door:
         return rest
 
     def statement(self) -> dict[str, str]:
-        """What this rank goes by, to be compared with what others do."""
+        """What this rank goes by, and all ranks must: the configuration, and the measurements it refers to."""
         said = statement(self.config)
         if self.observer is not None:
             said["observer"] = type(self.observer).__name__
         if self.policy.calibration is not None:
             # By its contents: where the file lies is each rank's own affair.
             said["megacomp.communication.calibration"] = self.policy.calibration.digest
+        if self.policy.tunings is not None:
+            said |= self.policy.tunings.statement()
         return said
 
     def trust(self, group: dist.ProcessGroup | None) -> None:

@@ -211,6 +211,7 @@ class Installation:
             outside=door.telemetry.outside,
             not_covered=dict(door.not_covered),
             quantized=dict(active.quantized),
+            tuning={} if door.policy.tunings is None else door.policy.tunings.describe(),
         )
 
     def uninstall(self) -> None:

@@ -8,15 +8,17 @@ from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from megacomp import codecs
 from megacomp.calibration import Calibration, CalibrationError
 from megacomp.collectives import Route
-from megacomp.config import ConfigError, Layers
+from megacomp.config import DEFAULT_MIN_BYTES, TUNED, ConfigError, Layers
 from megacomp.kernels.backend import backend_problem
+from megacomp.tuning import Step, TuningError, Tunings
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from megacomp.config import Collective, Communication, Config, Module, Rule
 
@@ -73,7 +75,7 @@ class Decline(Enum):
 class _Window(NamedTuple):
     """What happens to messages of min_bytes..max_bytes, both included."""
 
-    min_bytes: int
+    min_bytes: float
     max_bytes: float
     outcome: Route | Decline
 
@@ -83,20 +85,23 @@ class Policy:
 
     The routes of a site are worked out at its first message; from then on a decision is a dictionary lookup
     and a few comparisons.
+
+    tunings: what `megacomp tune` measured, if anything is left to that. calibration: of the static codecs, if any.
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises ConfigError if this machine lacks what the backend of `config` needs, or without its calibration."""
+        """Raises ConfigError if this machine lacks what the backend of `config` needs, or a file it names is bad."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if problem := backend_problem(config.backend, device):
             raise ConfigError([("megacomp.backend", f'"{config.backend}" is not possible here: {problem}')])
         self._communication = config.communication
         self._backend = config.backend
         self.calibration = _calibration(self._communication)
+        self.tunings = _tunings(self._communication)
         rules = [self._communication.resolve(rule) for rule in self._communication.rules]
         self._rules = [(rule, rule.layers and Layers.parse(rule.layers), self._route(rule)) for rule in rules]
         self._default = self._route(self._communication)
-        self._windows: dict[Site, tuple[_Window, ...]] = {}
+        self._windows: dict[tuple[Site, int], tuple[_Window, ...]] = {}
 
     def decide(
         self,
@@ -125,9 +130,9 @@ class Policy:
             return Decline.COLLECTIVE
         if not even:
             return Decline.UNEVEN_SPLIT
-        windows = self._windows.get(site)
+        windows = self._windows.get((site, world_size))
         if windows is None:
-            windows = self._windows[site] = self._windows_of(site)
+            windows = self._windows[site, world_size] = tuple(self._windows_of(site, world_size))
         for low, high, outcome in windows:
             if low <= size <= high:
                 fits = isinstance(outcome, Decline) or self._fits(outcome, collective, features, world_size)
@@ -156,7 +161,8 @@ class Policy:
     def check_calibration(self, sites: Collection[Site], features: Collection[int], ranks: Collection[int]) -> None:
         """Raise ConfigError unless the calibration, if there is one, is for these sites of a model.
 
-        features: what their layers give out, some of them the hidden size. ranks: the sizes of their tensor-parallel groups.
+        features: what their layers give out, some of them the hidden size. ranks: the sizes of their tensor-parallel
+        groups.
         """
         if self.calibration is None:
             return
@@ -166,7 +172,7 @@ class Policy:
             if features and self.calibration.features not in features:
                 self.calibration.check(features=min(features))
             for site in sites:
-                for window in self._windows_of(site):
+                for window in self._windows_of(site, self.calibration.tp):
                     if window.outcome is Decline.NOT_CALIBRATED:
                         raise CalibrationError(f"{self.calibration.source} has no tables for site {site.name}")
         except CalibrationError as error:
@@ -199,11 +205,12 @@ class Policy:
         if settings.codec is None:
             return Decline.EXACT
         gather_codec = settings.gather_codec
+        chunks = self._communication.pipeline_chunks
         route = Route(
             codec=codecs.get(settings.codec, backend=self._backend),
             gather_codec=None if gather_codec is None else codecs.get(gather_codec, backend=self._backend),
-            algorithm=settings.algorithm,
-            pipeline_chunks=self._communication.pipeline_chunks,
+            algorithm="auto" if settings.algorithm == TUNED else settings.algorithm,
+            pipeline_chunks="auto" if chunks == TUNED else chunks,
         )
         if self.calibration is not None:
             for codec in _static(route):
@@ -230,9 +237,8 @@ class Policy:
             gather_codec=None if gather_codec is None else calibrated.get(gather_codec, gather_codec),
         )
 
-    def _windows_of(self, site: Site) -> tuple[_Window, ...]:
+    def _windows_of(self, site: Site, world_size: int) -> Iterator[_Window]:
         """What may happen at `site`, by size, in the order of the rules, the section itself last."""
-        windows = []
         for rule, layers, route in self._rules:
             if rule.module is not None and rule.module != site.module:
                 continue
@@ -242,11 +248,35 @@ class Policy:
                     outcome = Decline.UNKNOWN_LAYER
                 elif not layers.contains(site.layer, site.layer_count):
                     continue
-            windows.append(
-                _Window(rule.min_bytes or 0, inf if rule.max_bytes is None else rule.max_bytes, self._at(site, outcome))
+            yield from self._windows_for(
+                rule, inf if rule.max_bytes is None else rule.max_bytes, outcome, world_size, site
             )
-        windows.append(_Window(self._communication.min_bytes, inf, self._at(site, self._default)))
-        return tuple(windows)
+        yield from self._windows_for(self._communication, inf, self._default, world_size, site)
+
+    def _windows_for(
+        self, settings: Communication | Rule, max_bytes: float, outcome: Route | Decline, world_size: int, site: Site
+    ) -> Iterator[_Window]:
+        """`outcome` up to `max_bytes`: one window, or one for each way that was found the fastest for some sizes.
+
+        A tuned min_bytes is one codec's own: below it a message stays exact, and does not fall to a later rule that
+        compresses sooner, and by less precise a codec perhaps.
+        """
+        own_threshold = settings.min_bytes == TUNED
+        algorithm, chunks = settings.algorithm == TUNED, self._communication.pipeline_chunks == TUNED
+        min_bytes: float = DEFAULT_MIN_BYTES if settings.min_bytes == TUNED else settings.min_bytes or 0
+        if isinstance(outcome, Decline):
+            yield _Window(0 if own_threshold else min_bytes, max_bytes, outcome)
+            return
+        steps: tuple[Step, ...] = (Step(0, inf, outcome),)
+        if self.tunings is not None and (own_threshold or algorithm or chunks):
+            plan = self.tunings.plan(outcome, world_size, algorithm=algorithm, chunks=chunks)
+            if plan is not None:
+                steps = plan.steps
+                min_bytes = plan.min_bytes if own_threshold else min_bytes
+        if own_threshold:
+            yield _Window(0, min(max_bytes, min_bytes - 1), Decline.BELOW_MIN_BYTES)
+        for step in steps:
+            yield _Window(max(min_bytes, step.min_bytes), min(max_bytes, step.max_bytes), self._at(site, step.route))
 
 
 def _static(route: Route) -> list[codecs.StaticCodec]:
@@ -262,3 +292,14 @@ def _calibration(communication: Communication) -> Calibration | None:
         return Calibration.read(communication.calibration)
     except CalibrationError as error:
         raise ConfigError([(_CALIBRATION, str(error))]) from None
+
+
+def _tunings(communication: Communication) -> Tunings | None:
+    """What "tuned" refers to; None where nothing is. ConfigError if `tuning` names a file that holds no tuning."""
+    if not communication.tuned:
+        return None
+    there = dist.is_available() and dist.is_initialized()
+    try:
+        return Tunings(communication.tuning, dist.get_world_size() if there else None)
+    except TuningError as error:
+        raise ConfigError([("megacomp.communication.tuning", str(error))]) from error

@@ -65,6 +65,7 @@ class Report:
     not_covered: layers of the given model that reduce where no patch sees them, by name, and why.
     quantized: layers of the given model that hold GPTQ weights, by name, and the order of their features:
         "tp_aware", or "local" (always so in attention).
+    tuning: where something is "tuned", the file that counts for so many ranks, or why the defaults do.
     """
 
     version: str
@@ -76,6 +77,7 @@ class Report:
     outside: int
     not_covered: Mapping[str, str]
     quantized: Mapping[str, str] = field(default_factory=dict)
+    tuning: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -118,6 +120,8 @@ class Report:
                 yield Text(f"{framework.name}: not imported yet, will be patched when it is")
             else:
                 yield Text(f"{framework.name} {framework.version}: patched {', '.join(framework.patches)}")
+        for what, which in self.tuning.items():
+            yield Text(f"tuning of {what}: {which}")
         yield self._sites_table()
         yield Text(f"left exact outside of these sites: {self.outside} messages")
         for name, why in self.not_covered.items():

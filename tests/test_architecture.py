@@ -29,6 +29,7 @@ FLOORS = {
     "megacomp.calibration": 2,
     "megacomp.gptq": 2,
     "megacomp.config": 3,
+    "megacomp.tuning": 3,
     "megacomp.policy": 3,
     "megacomp.agreement": 3,
     "megacomp.telemetry": 3,

@@ -134,7 +134,9 @@ def test_rules_inherit_what_they_leave_open() -> None:
         ({"communication": {"min_bytes": 1.5}}, "megacomp.communication.min_bytes", ["integer", "1.5"]),
         ({"communication": {"min_bytes": True}}, "megacomp.communication.min_bytes", ["integer", "true"]),
         ({"communication": {"min_bytes": -1}}, "megacomp.communication.min_bytes", ["at least 0", "-1"]),
-        ({"communication": {"min_bytes": "tuned"}}, "megacomp.communication.min_bytes", ["not supported"]),
+        ({"communication": {"min_bytes": "auto"}}, "megacomp.communication.min_bytes", ['"tuned"', '"auto"']),
+        ({"communication": {"rules": [{"min_bytes": "64k"}]}}, "megacomp.communication.rules[0].min_bytes", ["64k"]),
+        ({"communication": {"tuning": "tuning.json"}}, "megacomp.communication.tuning", ["no effect", '"tuned"']),
         ({"communication": {"calibration": 3}}, "megacomp.communication.calibration", ["3", "string"]),
         ({"communication": {"codec": "static4"}}, "megacomp.communication.codec", ["static4", "calibration"]),
         (

@@ -77,17 +77,17 @@ class Architecture:
     """Positions a token sees where some layer's view is limited; None if every layer sees everything."""
 
     @classmethod
-    def read(cls, folder: Path) -> Architecture:
-        """The architecture of the model in `folder`.
+    def read(cls, model: Path) -> Architecture:
+        """The architecture of a model: of its folder, or of a config.json alone.
 
         Raises LaunchError if the folder or its config.json is missing or unreadable, or if a key asks for
         something no engine here computes; the message names the key.
         """
-        if not folder.is_dir():
-            raise LaunchError(f"no model folder at {folder}")
-        path = folder / "config.json"
+        path = model if model.is_file() else model / "config.json"
+        if not model.exists():
+            raise LaunchError(f"no model folder at {model}")
         if not path.is_file():
-            raise LaunchError(f"{folder} holds no config.json: it is no Hugging Face model folder")
+            raise LaunchError(f"{model} holds no config.json: it is no Hugging Face model folder")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -95,12 +95,13 @@ class Architecture:
         if not isinstance(raw, dict):
             raise LaunchError(f"{path} must hold a JSON object, not {type(raw).__name__}")
         try:
-            return cls._parse(raw)
+            return cls.parse(raw)
         except LaunchError as error:
             raise LaunchError(f"{path}: {error}") from None
 
     @classmethod
-    def _parse(cls, raw: dict[str, Any]) -> Architecture:
+    def parse(cls, raw: Mapping[str, Any]) -> Architecture:
+        """The architecture that the contents of a config.json describe; LaunchError as `read`."""
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise LaunchError(f"model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}")
@@ -195,7 +196,7 @@ class Architecture:
                 )
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if raw.get(key) is not None:
             raise LaunchError(f"{key}: mixture-of-experts models are not supported")
@@ -204,7 +205,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise LaunchError(f"hidden_act is {activation!r}; supported is 'silu'")
 
 
-def _rope(raw: dict[str, Any]) -> Rope:
+def _rope(raw: Mapping[str, Any]) -> Rope:
     key = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
     settings = raw.get(key) or {}
     if not isinstance(settings, dict):
@@ -223,7 +224,7 @@ def _rope(raw: dict[str, Any]) -> Rope:
     return Rope(theta=theta, type=rope_type, scaling=scaling)
 
 
-def _sliding_window(raw: dict[str, Any], model_type: str) -> int | None:
+def _sliding_window(raw: Mapping[str, Any], model_type: str) -> int | None:
     """The window where one is in effect, following the rules of each transformers class."""
     if raw.get("sliding_window") is None or model_type == "llama":
         return None
