@@ -169,6 +169,9 @@ class Door:
             return None
         site, grad_enabled = visit
         self.agree(group)
+        if type(tensor) is not torch.Tensor:
+            self.telemetry.decline(site, Decline.SUBCLASS)
+            return None
         world_size = group.size()
         features = tensor.shape[-1] if tensor.dim() else 1
         rows = tensor.numel() // features if features else 0
