@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test run lint types unit clean
+.PHONY: test run lint types unit compat clean
 
 test: lint types unit
 
@@ -32,6 +32,10 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest
+
+# Every supported version of each framework in an environment of its own; fetches all of them, takes about 20 minutes.
+compat: $(READY)
+	$(BIN)/python tests/compat/matrix.py
 
 clean:
 	rm -rf build dist runs *.egg-info
