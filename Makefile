@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test run lint types unit clean
+.PHONY: test run lint types unit compat clean
 
 test: lint types unit
 
@@ -33,6 +33,10 @@ types: $(READY)
 # One thread each: the tests' own processes share the cores already.
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+
+# Every supported version of each framework in an environment of its own; fetches all of them, takes about 20 minutes.
+compat: $(READY)
+	$(BIN)/python tests/compat/matrix.py
 
 clean:
 	rm -rf build dist runs *.egg-info

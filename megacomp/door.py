@@ -216,6 +216,9 @@ class Door:
             return None
         site, grad_enabled = visit
         self.agree(group)
+        if type(tensor) is not torch.Tensor:
+            self._decline(site, Decline.SUBCLASS, group)
+            return None
         if self.observer is not None:
             self._observe(self.observer, site, grad_enabled, collective, tensor, group)
             return None

@@ -54,6 +54,7 @@ class Decline(Enum):
         "gradients are enabled; run under torch.no_grad() or torch.inference_mode()",
     )
     NOT_FLOATING = "not_floating", "it is not floating-point"
+    SUBCLASS = "subclass", "it is no plain tensor (quantized already, or distributed)"
     DTYPE = "dtype", "codecs take bfloat16, float16 and float32 only"
     COLLECTIVE = "collective", "its collective is not listed in megacomp.communication.collectives"
     UNEVEN_SPLIT = "uneven_split", "ranks hold unequal numbers of rows"

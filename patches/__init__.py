@@ -6,6 +6,7 @@ from megacomp.patches.importing import ImportWatch
 from megacomp.patches.megatron import Megatron
 from megacomp.patches.patch import MissingSymbolError, Patch
 from megacomp.patches.quantization import LayerPatch, quantized_layers
+from megacomp.patches.transformer_engine import TransformerEngine
 
 __all__ = [
     "FRAMEWORKS",
@@ -18,4 +19,4 @@ __all__ = [
     "quantized_layers",
 ]
 
-FRAMEWORKS: tuple[Framework, ...] = (Megatron(), DeepSpeed())
+FRAMEWORKS: tuple[Framework, ...] = (Megatron(), TransformerEngine(), DeepSpeed())

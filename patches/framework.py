@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megacomp.patches.quantization import ParallelLinear
     from megacomp.policy import Site
 
-__all__ = ["Framework", "UnsupportedVersionError"]
+__all__ = ["Framework", "UnsupportedVersionError", "layer_forward"]
 
 
 class UnsupportedVersionError(RuntimeError):
@@ -90,3 +90,17 @@ class Framework(ABC):
 
         bias: as `layer` adds it; None if it has none.
         """
+
+
+def layer_forward(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers the forward of a parallel linear layer: makes its site the current one.
+
+    Here because only outside of the autograd functions it calls is it known which layer runs and whether
+    gradients are wanted. Layers that are no site, such as the output layer and the linears of experts, run
+    with none.
+    """
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return door.inside(self, original, *args, **kwargs)
+
+    return forward

@@ -6,23 +6,28 @@ them were bound by name in other modules at import. The helpers do not know who 
 `RowParallelLinear` (and of `ColumnParallelLinear`, for gathers) says which layer is running, and that of
 `TransformerLayer` says which site a layer is, before it first runs, however and whenever it was built.
 
+Two helpers lie elsewhere. While its weights require gradients, a column-parallel layer gathers its input with
+`layers.dist_all_gather_func`; and `inference_layers` (from 0.16) imports its collectives from Transformer Engine.
+Layers that are Transformer Engine's own are seen there: transformer_engine.py.
+
 Left exact because they come from no site: the masked sum of the embedding, the gather in front of the output
 layer, token counts and tokens dispatched to experts, shared experts, cross-attention, and whatever runs
-backward. Not seen at all: what reduces without these helpers (`not_covered` lists it), and the gather of
-`layers.dist_all_gather_func` that column-parallel layers use while their weights require gradients.
+backward. Not seen at all: what reduces without these helpers (`not_covered` lists it).
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megacomp.gptq import CheckpointError, QuantizedLinear
-from megacomp.patches.framework import Framework, UnsupportedVersionError
+from megacomp.patches.framework import Framework, UnsupportedVersionError, layer_forward
 from megacomp.patches.patch import Patch
 from megacomp.patches.quantization import ParallelLinear
+from megacomp.patches.transformer_engine import gather_with_handle, reduce_with_handle
 from megacomp.policy import Site
 
 if TYPE_CHECKING:
@@ -42,39 +47,66 @@ _LAYERS: Mapping[str, Module] = {
     "mlp.linear_fc2": "mlp",
 }
 
+# What of them is parallel: Megatron's own linear layers, and its classes over Transformer Engine's. By name, for the
+# module of the latter need not have been imported.
+_LINEARS = {
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "TEColumnParallelLinear",
+    "TELayerNormColumnParallelLinear",
+    "TERowParallelLinear",
+}
+
 _BYPASSES = {
-    "TERowParallelLinear": "Transformer Engine reduces by itself",
-    "TELayerNormMLP": "Transformer Engine reduces by itself",
-    "InferenceRowParallelLinear": "its fused kernels reduce by themselves",
+    "InferenceRowParallelLinear": "what it reduces in symmetric memory over NVLink is left exact",
+    "MoELayer": "tokens dispatched to experts and their outputs combined are left exact",
     "SharedExpertMLP": "shared experts are left exact",
 }
 
 
 class Megatron(Framework):
-    """Megatron-core 0.12 to 0.16, layers of its own (`local`) implementation."""
+    """Megatron-core 0.12 to 0.19, with layers of its own (`local`) or of Transformer Engine."""
 
     name = "megatron-core"
     module = "megatron.core"
-    supported = ">=0.12,<0.17"
+    supported = ">=0.12,<0.20"
 
     def patches(self, door: Door) -> list[Patch]:
         """The forwards that say where we are first, then the collectives."""
         mappings = "megatron.core.tensor_parallel.mappings"
         layers = "megatron.core.tensor_parallel.layers"
+        inference = "megatron.core.tensor_parallel.inference_layers"
+        # Not before 0.16, and empty without Transformer Engine.
+        module = sys.modules.get(inference)
+        inference_layers = {} if module is None else vars(module)
         patches = [
             Patch(
                 "megatron.core.transformer.transformer_layer.TransformerLayer.forward",
                 partial(_transformer_layer, door),
             ),
-            Patch(f"{layers}.RowParallelLinear.forward", partial(_parallel_linear, door)),
+            Patch(f"{layers}.RowParallelLinear.forward", partial(layer_forward, door)),
             Patch(f"{mappings}._reduce", partial(_reduce, door)),
             Patch(f"{mappings}._reduce_scatter_along_first_dim", partial(_reduce_scatter, door)),
         ]
+        reduce_scatter, gather = "reduce_scatter_along_first_dim", "gather_along_first_dim"
+        if reduce_scatter in inference_layers:
+            patches += [
+                Patch(f"{inference}.InferenceRowParallelLinear.forward", partial(layer_forward, door)),
+                Patch(f"{inference}.{reduce_scatter}", partial(reduce_with_handle, door, "reduce_scatter")),
+            ]
         if "all_gather" in door.config.communication.collectives:
             patches += [
-                Patch(f"{layers}.ColumnParallelLinear.forward", partial(_parallel_linear, door)),
+                Patch(f"{layers}.ColumnParallelLinear.forward", partial(layer_forward, door)),
                 Patch(f"{mappings}._gather_along_first_dim", partial(_gather, door)),
+                Patch(f"{layers}.dist_all_gather_func", partial(_gather_into, door)),
             ]
+            if gather in inference_layers:
+                patches += [
+                    Patch(f"{inference}.{kind}.forward", partial(layer_forward, door))
+                    for kind in ("InferenceLayerNormColumnParallelLinear", "InferenceColumnParallelLinear")
+                    if kind in inference_layers
+                ]
+                patches.append(Patch(f"{inference}.{gather}", partial(gather_with_handle, door)))
         return patches
 
     def sites(self, model: torch.nn.Module) -> dict[torch.nn.Module, Site]:
@@ -85,11 +117,10 @@ class Megatron(Framework):
         return found
 
     def not_covered(self, model: torch.nn.Module) -> dict[str, str]:
-        """Layers of Transformer Engine, fused inference layers, shared experts."""
+        """Experts, and inference layers, which choose their way at every call."""
         found = {}
         for name, module in model.named_modules():
-            kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _BYPASSES]
-            if kinds:
+            if kinds := [kind for kind in _kinds(module) if kind in _BYPASSES]:
                 found[name] = f"{type(module).__name__}: {_BYPASSES[kinds[0]]}"
         return found
 
@@ -163,16 +194,21 @@ def _transformer_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TransformerLayer)}
 
 
-def _sites_of_layer(layer: Any) -> dict[torch.nn.Module, Site]:
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+def _kinds(module: Any) -> list[str]:
+    """The names of its classes, its own first."""
+    return [kind.__name__ for kind in type(module).__mro__]
 
+
+def _sites_of_layer(layer: Any) -> dict[torch.nn.Module, Site]:
     # layer_number counts from 1 over all pipeline stages; config.num_layers is that of the entire model.
     index, count = layer.layer_number - 1, layer.config.num_layers
     sites = {}
     for path, module in _LAYERS.items():
         parent, _, child = path.partition(".")
-        linear = getattr(getattr(layer, parent, None), child, None)
-        if isinstance(linear, RowParallelLinear | ColumnParallelLinear):
+        holder = getattr(layer, parent, None)
+        linear: Any = getattr(holder, child, None)
+        # TEFusedMLP only keeps its linears' weights and runs operations of its own.
+        if type(holder).__name__ != "TEFusedMLP" and not _LINEARS.isdisjoint(_kinds(linear)):
             sites[linear] = Site(f"layers.{index}.{module}", module, index, count)
     return sites
 
@@ -196,19 +232,6 @@ def _transformer_layer(door: Door, original: Callable[..., Any]) -> Callable[...
             if sites:
                 door.agree(_group(getattr(next(iter(sites)), "tp_group", None)))
         return original(self, *args, **kwargs)
-
-    return forward
-
-
-def _parallel_linear(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Covers RowParallelLinear.forward or ColumnParallelLinear.forward: makes their site the current one.
-
-    Here because only outside of the autograd functions it calls is it known whether gradients are wanted.
-    Layers that are no site, such as the output layer and the linears of experts, run with none.
-    """
-
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return door.inside(self, original, *args, **kwargs)
 
     return forward
 
@@ -276,3 +299,25 @@ def _gather(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
         return original(input_, group, output_split_sizes, *args, **kwargs) if result is None else result
 
     return gather
+
+
+def _gather_into(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Covers layers.dist_all_gather_func inside of column-parallel layers whose weights require gradients.
+
+    Under sequence parallelism they gather their input this way, into a buffer that all of them share. Left to the
+    original: what goes on by itself (`async_op`, in backward passes).
+    """
+
+    def gather_into(
+        output: torch.Tensor,
+        input_: torch.Tensor,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        result = None if async_op else door("all_gather", input_, _group(group))
+        if result is None:
+            return original(output, input_, group=group, async_op=async_op)
+        output.copy_(result)
+        return None
+
+    return gather_into

@@ -13,8 +13,11 @@ __all__ = ["MissingSymbolError", "Patch"]
 _log = logging.getLogger("megacomp")
 
 
-class MissingSymbolError(ImportError):
-    """What a patch replaces does not exist in the version of the framework that is installed."""
+class MissingSymbolError(RuntimeError):
+    """What a patch replaces does not exist in the version of the framework that is installed.
+
+    No ImportError, which whoever imports a framework only if it is there would take for its absence.
+    """
 
 
 class Patch:

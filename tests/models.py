@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -29,14 +30,18 @@ class _Norm:
 
 
 @contextmanager
-def megatron_gpt(*, sequence_parallel: bool = False, **settings: Any) -> Iterator[torch.nn.Module]:
+def megatron_gpt(
+    *, sequence_parallel: bool = False, linears: Mapping[str, type] | None = None, **settings: Any
+) -> Iterator[torch.nn.Module]:
     """A Megatron GPTModel split over all ranks of the default group, weights frozen.
+
+    linears: classes to build in the place of "ColumnParallelLinear" and "RowParallelLinear" inside of layers.
+    settings: of its TransformerConfig.
 
     What it needs of CUDA is stood in for until the end of the block; leaving it resets Megatron's state.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
@@ -47,28 +52,33 @@ def megatron_gpt(*, sequence_parallel: bool = False, **settings: Any) -> Iterato
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
         try:
             model_parallel_cuda_manual_seed(3, inference_rng_tracker=True)
-            config = TransformerConfig(
-                num_layers=LAYERS,
-                hidden_size=HIDDEN,
-                num_attention_heads=HEADS,
-                ffn_hidden_size=4 * HIDDEN,
-                hidden_dropout=0.0,
-                attention_dropout=0.0,
-                normalization="RMSNorm",
-                gated_linear_unit=True,
-                activation_func=torch.nn.functional.silu,
-                add_bias_linear=False,
-                tensor_model_parallel_size=dist.get_world_size(),
-                sequence_parallel=sequence_parallel,
-                use_cpu_initialization=True,
-                persist_layer_norm=False,
-                gradient_accumulation_fusion=False,
-                masked_softmax_fusion=False,
-                bias_dropout_fusion=False,
-                pipeline_dtype=torch.float32,
-                **settings,
-            )
-            spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+            usual: dict[str, Any] = {
+                "num_layers": LAYERS,
+                "hidden_size": HIDDEN,
+                "num_attention_heads": HEADS,
+                "ffn_hidden_size": 4 * HIDDEN,
+                "hidden_dropout": 0.0,
+                "attention_dropout": 0.0,
+                "normalization": "RMSNorm",
+                "gated_linear_unit": True,
+                "activation_func": torch.nn.functional.silu,
+                "add_bias_linear": False,
+                "tensor_model_parallel_size": dist.get_world_size(),
+                "sequence_parallel": sequence_parallel,
+                "use_cpu_initialization": True,
+                "persist_layer_norm": False,
+                "gradient_accumulation_fusion": False,
+                "masked_softmax_fusion": False,
+                "bias_dropout_fusion": False,
+                "pipeline_dtype": torch.float32,
+            }
+            config = TransformerConfig(**{**usual, **settings})
+            # Before 0.13 the specifications name the classes of layers themselves.
+            home = sys.modules.get("megatron.core.models.backends", gpt_layer_specs)
+            with mock.patch.dict(vars(home), linears or {}):
+                spec = gpt_layer_specs.get_gpt_layer_local_spec(
+                    num_experts=settings.get("num_moe_experts"), moe_grouped_gemm=False, normalization="RMSNorm"
+                )
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
             torch.manual_seed(5)
             model = GPTModel(

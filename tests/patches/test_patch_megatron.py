@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -30,9 +31,13 @@ ALWAYS_PATCHED = {
     f"{MAPPINGS}._reduce",
     f"{MAPPINGS}._reduce_scatter_along_first_dim",
 }
-FOR_ALL_GATHER = {f"{PARALLEL_LAYERS}.ColumnParallelLinear.forward", f"{MAPPINGS}._gather_along_first_dim"}
+FOR_ALL_GATHER = {
+    f"{PARALLEL_LAYERS}.ColumnParallelLinear.forward",
+    f"{PARALLEL_LAYERS}.dist_all_gather_func",
+    f"{MAPPINGS}._gather_along_first_dim",
+}
 
-SUPPORTED = ">=0.12,<0.17"
+SUPPORTED = ">=0.12,<0.20"
 
 
 def section(**communication: Any) -> dict[str, Any]:
@@ -64,8 +69,11 @@ def sqnr_db(exact: torch.Tensor, result: torch.Tensor) -> float:
     return (10 * torch.log10(exact.square().sum() / (exact - result).square().sum())).item()
 
 
-def _around_an_installation(config: dict[str, Any], attach: bool, model_settings: dict[str, Any]) -> dict[str, Any]:
+def _around_an_installation(
+    config: dict[str, Any], attach: bool, model_settings: dict[str, Any], trainable: bool = False
+) -> dict[str, Any]:
     with megatron_gpt(**model_settings) as model, torch.no_grad():
+        model.requires_grad_(trainable)
         ids = tokens()
         before = originals()
         exact = megatron_logits(model, ids)
@@ -104,24 +112,36 @@ def test_every_row_parallel_output_is_compressed_and_nothing_else(ranks: RankPoo
     assert first["outside"] == EMBEDDING
 
 
-def test_sequence_parallel_reduce_scatters(ranks: RankPool) -> None:
-    first, second = ranks.run(_around_an_installation, section(), True, {"sequence_parallel": True})
-    assert first["same_bits"] == second["same_bits"]
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_sequence_parallel_reduce_scatters(ranks: RankPool, world_size: int) -> None:
+    config, settings = section(), {"sequence_parallel": True}
+    results = ranks.run(_around_an_installation, config, True, settings, world_size=world_size)
+    first = results[0]
+    assert all(result["same_bits"] == first["same_bits"] for result in results)
     assert first["changed"] and first["sqnr_db"] > 30
     assert first["restored"] and first["same_afterwards"]
-    # Half of the rows stay.
-    assert first["counters"] == dict.fromkeys(SITES, (1, 16, 8 * (HIDDEN + 8), 8 * HIDDEN * 4))
+    # A rank's own share of the rows stays.
+    sent = 16 * (world_size - 1) // world_size
+    assert first["counters"] == dict.fromkeys(SITES, (1, 16, sent * (HIDDEN + 8), sent * HIDDEN * 4))
     assert first["outside"] == EMBEDDING
 
 
-def test_gathers_are_compressed_on_request(ranks: RankPool) -> None:
+# Frozen weights gather by mappings._gather_along_first_dim; trainable ones, gradients off, by dist_all_gather_func.
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gathers_are_compressed_on_request(ranks: RankPool, world_size: int, trainable: bool) -> None:
     config = section(collectives=["all_reduce", "reduce_scatter", "all_gather"])
-    first, second = ranks.run(_around_an_installation, config, True, {"sequence_parallel": True})
-    assert first["same_bits"] == second["same_bits"]
-    assert first["replaced"] == ALWAYS_PATCHED | FOR_ALL_GATHER
+    settings = {"sequence_parallel": True}
+    results = ranks.run(_around_an_installation, config, True, settings, trainable, world_size=world_size)
+    first = results[0]
+    assert all(result["same_bits"] == first["same_bits"] for result in results)
+    assert first["sqnr_db"] > 30
+    assert first["replaced"] == first["reported"] == ALWAYS_PATCHED | FOR_ALL_GATHER
     assert first["restored"] and first["same_afterwards"]
-    # 16 rows to scatter and 8 of its own to gather, each half of the message sent.
-    assert first["counters"] == dict.fromkeys(SITES, (2, 24, 16 * (HIDDEN + 8), 16 * HIDDEN * 4))
+    # 16 rows to scatter and its share of them to gather, which goes to every other rank.
+    own = 16 // world_size
+    sent = 2 * (world_size - 1) * own
+    assert first["counters"] == dict.fromkeys(SITES, (2, 16 + own, sent * (HIDDEN + 8), sent * HIDDEN * 4))
     # The embedding's reduce-scatter and the gather in front of the output layer.
     assert first["outside"] == 2
 
@@ -357,25 +377,69 @@ def test_sampled_noise_is_that_of_the_codec(ranks: RankPool) -> None:
     assert all(38 < sqnr < 50 for sqnr in gathered["then"])
 
 
-def _not_covered() -> dict[str, str]:
-    class TERowParallelLinear(torch.nn.Module):
-        """Stands for Transformer Engine's."""
+def _experts(model_settings: dict[str, Any]) -> dict[str, Any]:
+    """A mixture of experts: its layers by themselves, and the model around them."""
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": HIDDEN}
+    config = section(collectives=["all_reduce", "reduce_scatter", "all_gather"])
+    # The all-to-all dispatcher copies its counts beside the stream that computes.
+    streams = mock.patch.multiple("torch.cuda", Stream=mock.Mock, current_stream=mock.Mock, stream=nullcontext)
+    # Without Transformer Engine, 0.16 asks for a name it has not defined.
+    router = mock.patch("megatron.core.transformer.moe.moe_utils.te_general_gemm", None, create=True)
+    with streams, router, megatron_gpt(**experts, **model_settings) as model, torch.no_grad():
+        layer = model.decoder.layers[1].mlp
+        rows = 8 // dist.get_world_size() if model_settings["sequence_parallel"] else 8
+        x = torch.randn(8, 2, HIDDEN, generator=torch.Generator().manual_seed(2))[:rows]
+        exact, logits = layer(x)[0], megatron_logits(model, tokens())
+        with megacomp.install(config, model=model) as installation:
+            installed = layer(x)[0]
+            outside = installation.report().outside
+            compressed = megatron_logits(model, tokens())
+    report = installation.report()
+    return {
+        "layer_equal": torch.equal(exact, installed),
+        "outside": outside,
+        "same_bits": compressed.numpy().tobytes(),
+        "sqnr_db": sqnr_db(logits, compressed),
+        "calls": {name: site.calls for name, site in report.sites.items()},
+        "not_covered": {name: why.partition(":")[0] for name, why in report.not_covered.items()},
+    }
 
-    class InferenceRowParallelLinear(TERowParallelLinear):
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_experts_stay_exact_and_are_reported(ranks: RankPool, dispatcher: str, sequence_parallel: bool) -> None:
+    settings = {
+        "moe_token_dispatcher_type": dispatcher,
+        "moe_shared_expert_intermediate_size": HIDDEN,
+        "sequence_parallel": sequence_parallel,
+    }
+    first, second = ranks.run(_experts, settings)
+    # Token counts, dispatched tokens, combined outputs and shared experts: all of them passed by.
+    assert first["layer_equal"] and second["layer_equal"]
+    assert first["outside"] > 0
+    assert first["same_bits"] == second["same_bits"]
+    assert first["sqnr_db"] > 20
+    calls = 2 if sequence_parallel else 1
+    assert first["calls"] == {f"layers.{layer}.attention": calls for layer in range(LAYERS)}
+    expected = {f"decoder.layers.{layer}.mlp": "MoELayer" for layer in range(LAYERS)}
+    expected |= {f"decoder.layers.{layer}.mlp.shared_experts": "SharedExpertMLP" for layer in range(LAYERS)}
+    assert first["not_covered"] == expected
+
+
+def _inference_layer_of_a_model() -> dict[str, str]:
+    class InferenceRowParallelLinear(torch.nn.Module):
         """Stands for the fused inference layer."""
 
     with megatron_gpt() as model:
-        model.decoder.layers[0].mlp.linear_fc2 = TERowParallelLinear()
         model.decoder.layers[1].self_attention.linear_proj = InferenceRowParallelLinear()
         with megacomp.install(section(), model=model) as installation:
             return dict(installation.report().not_covered)
 
 
-def test_layers_that_bypass_the_patches_are_reported(ranks: RankPool) -> None:
-    first, _ = ranks.run(_not_covered)
-    assert set(first) == {"decoder.layers.0.mlp.linear_fc2", "decoder.layers.1.self_attention.linear_proj"}
-    assert "TERowParallelLinear" in first["decoder.layers.0.mlp.linear_fc2"]
-    assert "InferenceRowParallelLinear" in first["decoder.layers.1.self_attention.linear_proj"]
+def test_layers_that_choose_their_way_are_reported(ranks: RankPool) -> None:
+    first, _ = ranks.run(_inference_layer_of_a_model)
+    assert list(first) == ["decoder.layers.1.self_attention.linear_proj"]
+    assert "symmetric memory" in first["decoder.layers.1.self_attention.linear_proj"]
 
 
 def _unsupported(version: str | None) -> tuple[str, bool]:

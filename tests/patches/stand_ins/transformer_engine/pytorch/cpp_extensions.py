@@ -1,0 +1,1 @@
+"""The compiled part; nothing of it is called."""
