@@ -36,6 +36,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.markdown import replace_table
 from megacomp import codecs
 from megacomp.kernels import reduce_norm
 from megacomp.launch import files
@@ -52,7 +53,6 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """The most shared memory a block may have (CUDA C++ Programming Guide, technical specifications)."""
 
-BEGIN, END = "<!-- table: python -m benchmarks.compile_report -->", "<!-- end of table -->"
 
 FEATURES = 4096
 ROWS = 1000
@@ -377,9 +377,7 @@ def main(
         )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     if write is not None:
-        head, _, rest = write.read_text().partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        write.write_text(f"{head}{BEGIN}\n{markdown(kernels)}\n{END}{tail}")
+        replace_table(write, "benchmarks.compile_report", markdown(kernels))
     if out is not None:
         versions = {
             "megacomp": __version__,

@@ -229,6 +229,10 @@ class Plan:
     min_bytes: float
     steps: tuple[Step, ...]
 
+    def route_of(self, size: int) -> Route:
+        """The fastest way for a message of `size` bytes."""
+        return next(step.route for step in self.steps if size <= step.max_bytes)
+
 
 def plan(times: CodecTuning, route: Route, world_size: int, *, algorithm: bool, chunks: bool) -> Plan:
     """The plan for messages of `route` among `world_size` ranks.
