@@ -11,11 +11,11 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.markdown import replace_table
 from megacomp import codecs
 
 ROWS, FEATURES = 256, 4096
 OUTLIER_EVERY, OUTLIER_GAIN = 97, 30.0
-BEGIN, END = "<!-- table: python -m benchmarks.codec_quality -->", "<!-- end of table -->"
 
 
 QUIET = torch.arange(FEATURES) % OUTLIER_EVERY != 0
@@ -65,10 +65,7 @@ def main(
     if write is None:
         typer.echo(rows)
         return
-    text = write.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write.write_text(f"{head}{BEGIN}\n{rows}\n{END}{tail}")
+    replace_table(write, "benchmarks.codec_quality", rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from benchmarks.markdown import replace_table
 from megacomp import codecs
 from megacomp.collectives import Route
 from megacomp.launch.engines.architecture import Architecture
@@ -29,8 +30,6 @@ from megacomp.launch.planning import (
     compressed_s,
     compute_s,
 )
-
-BEGIN, END = "<!-- table: python -m benchmarks.planning_published -->", "<!-- end of table -->"
 
 Spec = str | Mapping[str, object]
 
@@ -235,9 +234,7 @@ def main(
     if write is None:
         typer.echo(table())
         return
-    head, _, rest = write.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    write.write_text(f"{head}{BEGIN}\n{table()}\n{END}{tail}")
+    replace_table(write, "benchmarks.planning_published", table())
 
 
 if __name__ == "__main__":
