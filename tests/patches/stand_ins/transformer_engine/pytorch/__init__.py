@@ -8,8 +8,10 @@ from transformer_engine.pytorch.module import LayerNormLinear, Linear
 __all__ = [
     "DotProductAttention",
     "GroupedLinear",
+    "LayerNorm",
     "LayerNormLinear",
     "Linear",
+    "RMSNorm",
     "cpp_extensions",
     "distributed",
     "fp8",
@@ -23,3 +25,11 @@ class GroupedLinear(torch.nn.Module):
 
 class DotProductAttention(torch.nn.Module):
     """Never built: Megatron-core inherits from it."""
+
+
+class LayerNorm(torch.nn.Module):
+    """Never built: named in annotations."""
+
+
+class RMSNorm(torch.nn.Module):
+    """Never built: named in annotations."""
