@@ -14,7 +14,7 @@ from megacomp.kernels.block_format import BlockFormat, WireFields, WireLayout
 from megacomp.kernels.compiled import run_compiled
 from megacomp.kernels.elements import dequantize_codes
 from megacomp.kernels.launch_config import launch_config, on_device_of
-from megacomp.kernels.packing import pieces_per_block, unpack, unpack_codes
+from megacomp.kernels.packing import load_code, pieces_per_block, unpack, unpack_codes
 from megacomp.kernels.rotation import hadamard, rotate_pieces
 from megacomp.kernels.scales import PowerOfTwoScale, RealScale, exponent_value, scale_value
 from megacomp.kernels.tiles import load_bytes, locate, store_pieces
@@ -208,7 +208,9 @@ def _add_decoded(totals, wire, index, exists, format: tl.constexpr, layout: tl.c
             load_bytes(source, count * element.planes[plane] // 8, tile.piece, exists, layout.access_bytes),
         )
     if format.scale.power_of_two:
-        scale = exponent_value(_load_exponents(wire, index, exists, stored, layout), stored)
+        scale_planes: tl.constexpr = layout.scales
+        code = load_code(wire, scale_planes, index, exists, layout.stored_scales, stored)
+        scale = exponent_value(code, stored)
     else:
         scale = scale_value(_load_scales(wire + layout.scales[0], index, exists, stored), stored)
         if format.scale.row_relative:
@@ -240,21 +242,3 @@ def _load_scales(source, index, exists, scale: tl.constexpr):
     if scale.bits == 16:
         source = source.to(tl.pointer_type(tl.int16))
     return tl.load(source + index, exists, 0).to(tl.int32)
-
-
-@triton.jit
-def _load_exponents(wire, index, exists, scale: tl.constexpr, layout: tl.constexpr):
-    """int32 exponent codes."""
-    code = tl.zeros(index.shape, tl.int32)
-    for plane in tl.static_range(len(scale.planes)):
-        field = _load_field(wire + layout.scales[plane], index, exists, layout.stored_scales, scale.planes[plane])
-        code = code | (field << scale.plane_shifts[plane])
-    return code
-
-
-@triton.jit
-def _load_field(plane, index, exists, count: tl.constexpr, width: tl.constexpr):
-    """Field ``index`` of ``count`` in a packed plane."""
-    length: tl.constexpr = count * width // 8
-    byte = tl.load(plane + index % length, exists, 0).to(tl.int32)
-    return (byte >> (index // length * width)) & (2**width - 1)

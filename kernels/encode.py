@@ -30,7 +30,7 @@ from megacomp.kernels.scales import (
     safe_reciprocal,
     scale_value,
 )
-from megacomp.kernels.tiles import load_pieces, locate, store_bytes
+from megacomp.kernels.tiles import clear_bytes, load_pieces, locate, store_bytes
 
 __all__ = ["encode", "encode_definition"]
 
@@ -315,13 +315,7 @@ def encode_tile(pieces, wire, row, index, exists, format: tl.constexpr, layout: 
     zero_code: tl.constexpr = 0 if format.asymmetric else int(element.zero_code)
     _store_codes(wire, codes, zero_code, finite, index, exists, format, layout)
     for gap in tl.static_range(len(layout.padding)):
-        _clear(wire, layout.padding[gap][0], layout.padding[gap][1], exists & (index == 0))
-
-
-@triton.jit
-def _clear(wire, start: tl.constexpr, stop: tl.constexpr, mask):
-    for byte in tl.static_range(start, stop):
-        tl.store(wire + byte, 0, mask)
+        clear_bytes(wire, layout.padding[gap][0], layout.padding[gap][1], exists & (index == 0))
 
 
 @triton.jit

@@ -170,9 +170,7 @@ def launch_problem(
         features: values per row.
         device: where the tensors live.
     """
-    problem = device_problem(device)
-    # Programs of static codecs go through their rows in parts.
-    return problem if problem or isinstance(format, StaticFormat) else _row_problem(operation, format, features)
+    return device_problem(device) or _row_problem(operation, format, features)
 
 
 @functools.cache
@@ -194,13 +192,16 @@ def device_problem(device: torch.device) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_problem(operation: str, format: BlockFormat, features: int) -> str | None:
-    if not _holds_rows(operation, format):
+def _row_problem(operation: str, format: BlockFormat | StaticFormat, features: int) -> str | None:
+    if isinstance(format, StaticFormat):
+        values, what = triton.next_power_of_2(format.layout(features).piece) * format.pieces, "tables"
+    elif not _holds_rows(operation, format):
         return None
-    values = _row_blocks(format, format.layout(features)) * format.block_size
+    else:
+        values = _row_blocks(format, format.layout(features)) * format.block_size
+        what = "a row scale" if format.scale.row_relative else "exponents packed across a row"
     if values <= LONGEST_ROW:
         return None
-    what = "a row scale" if format.scale.row_relative else "exponents packed across a row"
     if operation == "reduce_norm":
         what = "a norm"
     return (

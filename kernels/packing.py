@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Packed", "pack", "pack_codes", "pieces_per_block", "plane_widths", "unpack", "unpack_codes"]
+__all__ = ["Packed", "load_code", "pack", "pack_codes", "pieces_per_block", "plane_widths", "unpack", "unpack_codes"]
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
@@ -170,3 +170,27 @@ def _unpack_field(plane, piece: tl.constexpr, pieces: tl.constexpr, width: tl.co
     if slot < 8 // width - 1:
         field = field & (2**width - 1)
     return field
+
+
+@triton.jit
+def load_code(wire, planes: tl.constexpr, index, exists, count: tl.constexpr, packed: tl.constexpr):
+    """Single codes of ``count`` that were packed together, int32.
+
+    Args:
+        wire: pointer to uint8.
+        planes: offset of each plane.
+        index: which codes.
+        packed: whose codes they are.
+    """
+    code = tl.zeros(index.shape, tl.int32)
+    for plane in tl.static_range(len(packed.planes)):
+        field = _load_field(wire + planes[plane], index, exists, count, packed.planes[plane])
+        code = code | (field << packed.plane_shifts[plane])
+    return code
+
+
+@triton.jit
+def _load_field(plane, index, exists, count: tl.constexpr, width: tl.constexpr):
+    length: tl.constexpr = count * width // 8
+    byte = tl.load(plane + index % length, exists, 0).to(tl.int32)
+    return (byte >> (index // length * width)) & (2**width - 1)

@@ -10,14 +10,18 @@ import triton.language as tl
 
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.compiled import run_compiled
+from megacomp.kernels.elements import dequantize_codes
 from megacomp.kernels.launch_config import on_device_of
-from megacomp.kernels.packing import unpack, unpack_codes
+from megacomp.kernels.packing import load_code, unpack, unpack_codes
 from megacomp.kernels.scales import scale_value
-from megacomp.kernels.static_encode import pad_features, static_tile
+from megacomp.kernels.static_encode import load_row, pad_features, row_exists, rows_per_program, warps_of
 from megacomp.kernels.static_format import BF16, StaticFields, StaticFormat, StaticLayout, StaticTables
 from megacomp.kernels.tiles import round_to
 
 __all__ = ["static_decode_sum", "static_decode_sum_definition"]
+
+MOST_VALUES = 8192
+"""Sums that a Triton program holds: it goes through longer rows in parts, but for the outliers. Unmeasured."""
 
 
 def static_decode_sum(
@@ -125,13 +129,14 @@ def _static_decode_sum_triton(
     rows, features = out.shape
     layout = format.layout(features)
     target = out if out.stride(1) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
-    tile_rows, positions = static_tile(format, layout, rows)
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(layout.piece, positions))
     with on_device_of(out):
-        _static_decode_sum_kernel[grid](
-            wires, target, tables.scale, tables.offset, tables.slots, rows, wires.stride(0) // 8,
+        tile_rows = rows_per_program(rows)
+        positions = min(triton.next_power_of_2(layout.piece), MOST_VALUES // (tile_rows * format.pieces))
+        warps = warps_of(tile_rows * positions * format.pieces)
+        _static_decode_sum_kernel[(triton.cdiv(rows, tile_rows),)](
+            wires, target, tables.scale, tables.offset, tables.kept, rows, wires.stride(0) // 8,
             wires.stride(1) // 8, target.stride(0), len(wires), format, layout, tile_rows, positions,
-            num_warps=4, enable_fp_fusion=False,
+            min(triton.next_power_of_2(layout.outliers), 32 * warps), num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -139,76 +144,118 @@ def _static_decode_sum_triton(
 
 @triton.jit
 def _static_decode_sum_kernel(
-    wires, out, scale, offset, slots, rows, peer_words, row_words, out_stride,
-    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr, tile_rows: tl.constexpr, positions: tl.constexpr,
+    wires, out, scale, offset, kept, rows, peer_words, row_words, out_stride,
+    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr, tile_rows: tl.constexpr,
+    positions: tl.constexpr, outlier_slots: tl.constexpr,
 ):  # fmt: skip
-    """Twin of ``static_decode_sum``, for one tile of rows and positions."""
-    pieces: tl.constexpr = format.pieces
-    row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
-    position = tl.program_id(1) * positions + tl.arange(0, positions)[None, :]
-    exists = (row < rows) & (position < layout.piece)
-    wires = tl.multiple_of(wires, 8) + row * row_words * 8
+    """Twin of ``static_decode_sum``, for a tile of whole rows: first as if there were no outliers, then these."""
+    first = tl.program_id(0).to(tl.int64) * tile_rows
+    wires = tl.multiple_of(wires, 8) + first * row_words * 8
+    out += first * out_stride
+    rows -= first
+    for start in range(0, layout.piece, positions):
+        position = start + tl.arange(0, positions)
+        _sum_positions(
+            wires, out, scale, offset, position, rows, peer_words, row_words, out_stride,
+            peers, format, layout, tile_rows,
+        )  # fmt: skip
+    if layout.outliers > 0:
+        # What follows goes to places where other threads stored the above.
+        tl.debug_barrier()
+        row = tl.arange(0, tile_rows)[:, None]
+        exists = row < rows
+        wires += row * row_words * 8
+        out += row * out_stride
+        for start in range(0, layout.outliers, outlier_slots):
+            slot = start + tl.arange(0, outlier_slots)[None, :]
+            _sum_outliers(wires, out, kept, slot, exists, peer_words, peers, format, layout)
+
+
+@triton.jit
+def _sum_positions(
+    wires, out, scale, offset, position, rows, peer_words, row_words, out_stride,
+    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr, tile_rows: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums at such positions of every piece, of the first ``rows`` rows, as if there were no outliers."""
     totals = ()
     for peer in tl.static_range(peers):
         # A 64-bit product: the wires of a message may exceed 2 GiB.
         wire = wires + tl.full((), peer, tl.int64) * peer_words * 8
-        totals = _add_decoded(totals, wire, scale, offset, slots, row < rows, position, exists, peer, format, layout)
-    for piece in tl.static_range(pieces):
-        feature = piece * layout.piece + position
-        here = exists & (feature < layout.features)
-        tl.store(out + row * out_stride + feature, round_to(totals[piece], out.dtype.element_ty), here)
+        scales = load_row(scale + peer * layout.features, position, True, 0.0, format, layout)
+        offsets = position
+        if format.asymmetric:
+            offsets = load_row(offset + peer * layout.features, position, True, 0.0, format, layout)
+        sums = ()
+        for index in tl.static_range(tile_rows):
+            decoded = _decode_row(wire + index * row_words * 8, scales, offsets, position, index, rows, format, layout)
+            sums = sums + (decoded if peer == 0 else _add(totals[index], decoded),)
+        totals = sums
+    for index in tl.static_range(tile_rows):
+        for piece in tl.static_range(len(totals[0])):
+            feature = piece * layout.piece + position
+            here = (position < layout.piece) & (feature < layout.features) & row_exists(position, index, rows)
+            tl.store(out + index * out_stride + feature, round_to(totals[index][piece], out.dtype.element_ty), here)
 
 
 @triton.jit
-def _add_decoded(
-    totals, wire, scale, offset, slots, row_exists, position, exists,
-    peer: tl.constexpr, format: tl.constexpr, layout: tl.constexpr,
-):  # fmt: skip
-    """The values of one wire, added to ``totals`` (none before the first peer)."""
+def _decode_row(wire, scales, offsets, position, index: tl.constexpr, rows, format: tl.constexpr, layout: tl.constexpr):
+    """The values of one row of a wire, as pieces, as if there were no outliers."""
     element: tl.constexpr = format.element
     bf16: tl.constexpr = format.bf16
-    pieces: tl.constexpr = format.pieces
+    here = row_exists(position, index, rows) & (position < layout.piece)
     planes = ()
-    for plane in tl.static_range(len(format.element.planes)):
+    for plane in tl.static_range(len(element.planes)):
         parts = ()
-        for part in tl.static_range(format.pieces * format.element.planes[plane] // 8):
+        for part in tl.static_range(len(scales) * element.planes[plane] // 8):
             source = wire + layout.planes[plane] + part * layout.piece + position
-            parts = parts + (tl.load(source, exists, 0),)
+            parts = parts + (tl.load(source, here, 0),)
         planes = planes + (parts,)
-    row_scale = tl.zeros(row_exists.shape, tl.float32)
+    row_scale = 1.0
     if format.row_scale:
-        bits = tl.load((wire + layout.row_scale).to(tl.pointer_type(tl.int16)), row_exists, 0)
+        bits = tl.load((wire + layout.row_scale).to(tl.pointer_type(tl.int16)), index < rows, 0)
         row_scale = scale_value(bits.to(tl.int32), bf16)
-    sums = ()
-    for piece in tl.static_range(pieces):
-        code = unpack_codes(planes, piece, pieces, element)
-        feature = piece * layout.piece + position
-        here = (position < layout.piece) & (feature < layout.features)
-        value = (code - format.zero_code).to(tl.float32) * tl.load(scale + peer * layout.features + feature, here, 0.0)
+    values = ()
+    for piece in tl.static_range(len(scales)):
+        value = dequantize_codes(unpack_codes(planes, piece, len(scales), element), element) * scales[piece]
         if format.asymmetric:
-            value = value + tl.load(offset + peer * layout.features + feature, here, 0.0)
+            value = value + offsets[piece]
         if format.row_scale:
             value = value * row_scale
-        if layout.outliers > 0:
-            slot = tl.load(slots + feature, here, -1)
-            bits = code | (_rest(wire, slot, exists, format, layout) << format.bits)
-            value = tl.where(slot >= 0, scale_value(bits, bf16), value)
-        sums = sums + (value if len(totals) == 0 else totals[piece] + value,)
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def _add(totals, values):
+    sums = ()
+    for piece in tl.static_range(len(values)):
+        sums = sums + (totals[piece] + values[piece],)
     return sums
 
 
 @triton.jit
-def _rest(wire, slot, exists, format: tl.constexpr, layout: tl.constexpr):
-    """The upper bits of the outliers among the features of a tile, int32; 0 for the others."""
-    rest: tl.constexpr = format.outlier_rest
-    here = exists & (slot >= 0)
-    bits = tl.zeros(here.shape, tl.int32)
-    for plane in tl.static_range(len(rest.planes)):
-        bits = bits | (_field(wire + layout.outlier_planes[plane], slot, here, layout.outlier_piece * format.outlier_pieces * rest.planes[plane] // 8, rest.planes[plane]) << rest.plane_shifts[plane])
-    return bits
+def _sum_outliers(
+    wires, out, kept, slot, row_exists, peer_words,
+    peers: tl.constexpr, format: tl.constexpr, layout: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums of the outliers ``slot``."""
+    feature = tl.load(kept + slot, slot < layout.outliers, 0).to(tl.int32)
+    exists = row_exists & (slot < layout.outliers)
+    total = _load_outliers(wires, feature, slot, exists, format, layout)
+    for _ in tl.static_range(1, peers):
+        wires += tl.full((), 8, tl.int64) * peer_words
+        total += _load_outliers(wires, feature, slot, exists, format, layout)
+    tl.store(out + feature, round_to(total, out.dtype.element_ty), exists)
 
 
 @triton.jit
-def _field(plane, slot, here, length: tl.constexpr, width: tl.constexpr):
-    byte = tl.load(plane + slot % length, here, 0).to(tl.int32)
-    return (byte >> (slot // length * width)) & ((1 << width) - 1)
+def _load_outliers(wire, feature, slot, exists, format: tl.constexpr, layout: tl.constexpr):
+    """The values of the outliers ``slot`` of a wire, float32."""
+    element: tl.constexpr = format.element
+    rest: tl.constexpr = format.outlier_rest
+    bf16: tl.constexpr = format.bf16
+    planes: tl.constexpr = layout.planes
+    rest_planes: tl.constexpr = layout.outlier_planes
+    lower = load_code(wire, planes, feature, exists, layout.piece * format.pieces, element)
+    upper = load_code(wire, rest_planes, slot, exists, layout.outlier_piece * format.outlier_pieces, rest)
+    return scale_value(lower | (upper << format.bits), bf16)

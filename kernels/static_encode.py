@@ -11,18 +11,28 @@ import triton.language as tl
 from megacomp.kernels.backend import resolve_backend
 from megacomp.kernels.compiled import run_compiled
 from megacomp.kernels.elements import ROUNDING
-from megacomp.kernels.launch_config import LONGEST_ROW, MOST_WARPS, current_gpu, gpu_processors, on_device_of
+from megacomp.kernels.launch_config import MOST_WARPS, current_gpu, gpu_processors, on_device_of
 from megacomp.kernels.packing import pack, pack_codes
 from megacomp.kernels.scales import reciprocal_or_zero, round_scale, safe_reciprocal, scale_value
 from megacomp.kernels.static_format import BF16, StaticFields, StaticFormat, StaticLayout, StaticTables
-from megacomp.kernels.tiles import widen
+from megacomp.kernels.tiles import clear_bytes, widen
 
-__all__ = ["pad_features", "static_encode", "static_encode_definition", "static_tile"]
+__all__ = [
+    "load_row",
+    "pad_features",
+    "row_exists",
+    "rows_per_program",
+    "static_encode",
+    "static_encode_definition",
+    "warps_of",
+]
 
-ROWS_PER_PROGRAM = 2
-"""Rows that share what a program loads of the tables, which are larger than a row of the message. Unmeasured."""
+ROWS_PER_PROGRAM, VALUES_PER_THREAD = 2, 32
+"""Rows of a Triton program share what it loads of the tables, which takes more bytes than a row. Compiled for sm_90,
+a thread has 32 values in 128 registers. Unmeasured."""
 
-VALUES_PER_THREAD = 32
+MOST_VALUES = 16384
+"""Of several rows in a program; those of a single row of up to LONGEST_ROW spill registers beyond it."""
 
 
 def static_encode(
@@ -51,7 +61,7 @@ def static_encode(
     finite = torch.empty(rows, 1, dtype=torch.bool, device=x.device)
     own = [
         pad_features(table[rank], format, layout, fill).expand(rows, -1)
-        for table, fill in ((tables.inverse, 1.0), (tables.offset, 0.0), (tables.weight, 0.0))
+        for table, fill in ((tables.scale, 1.0), (tables.offset, 0.0), (tables.weight, 0.0))
         if table is not None
     ]
     padded = pad_features(x.contiguous(), format, layout, 0.0)
@@ -74,19 +84,19 @@ def static_encode_definition(
 ) -> None:
     """The definition of static_encode, outliers aside, in PyTorch; what every backend equals bit for bit.
 
-    1. Take a row that is not finite for zeros. 2. Divide by the row scale, if there is one: the largest weighted
-    magnitude of the row, in BF16; NaN if the row is not finite. 3. Subtract the offset, divide by the scale (arXiv
-    2411.07942: q = clamp(round(x / s))), round, pack. Divisions are multiplications by reciprocals.
+    1. Take a row that is not finite for zeros. 2. Multiply by the reciprocal of the row scale, if there is one: the
+    largest weighted magnitude of the row, in BF16; NaN if the row is not finite. 3. Subtract the offset, divide by the
+    scale (arXiv 2411.07942: q = clamp(round(x / s))), round, pack.
 
     Args:
         format: the format.
         x: bf16, fp16 or fp32 ``[rows, padded features]``, contiguous.
         finite: bool ``[rows, 1]``, written: no NaN or Inf in the row.
-        tables: this rank's inverse, offset if asymmetric, and weight if there are row scales, float32, of x's shape.
+        tables: this rank's scale, offset if asymmetric, and weight if there are row scales, float32, of x's shape.
         planes: the planes of codes, written.
         row_scales: the bits of the row scales, written; none if there are none.
     """
-    inverse, *others = tables
+    scale, *others = tables
     values = x.to(torch.float32)
     is_finite = values.abs().amax(-1, keepdim=True) < torch.inf
     finite.copy_(is_finite)
@@ -99,7 +109,7 @@ def static_encode_definition(
     if format.asymmetric:
         values = values - others[0]
     zero = float(format.zero_code)
-    codes = torch.round(values * inverse).clamp(-zero, zero - 1) + zero
+    codes = torch.round(values / scale).clamp(-zero, zero - 1) + zero
     packed = pack(codes.view(len(codes), format.pieces, -1).unbind(1), format.bits)
     for plane, field in zip(packed, planes, strict=True):
         field.copy_(plane)
@@ -143,14 +153,15 @@ def pad_features(x: torch.Tensor, format: StaticFormat, layout: StaticLayout, fi
     return torch.nn.functional.pad(x, (0, missing), value=fill) if missing else x
 
 
-def static_tile(format: StaticFormat, layout: StaticLayout, rows: int, most_rows: int) -> tuple[int, int, int]:
-    """(rows, positions in every piece, warps) of a Triton program, which holds whole rows."""
-    positions = triton.next_power_of_2(layout.piece)
-    tile_rows = min(most_rows, triton.next_power_of_2(rows))
-    values = positions * format.pieces
-    while tile_rows > 1 and (tile_rows * values > LONGEST_ROW or rows < tile_rows * gpu_processors(current_gpu())):
-        tile_rows //= 2
-    return tile_rows, positions, max(1, min(MOST_WARPS, tile_rows * values // (32 * VALUES_PER_THREAD)))
+def rows_per_program(rows: int) -> int:
+    """Rows of a Triton program: fewer where some processors would be left without a program."""
+    processors = gpu_processors(current_gpu())
+    return max(1, min(ROWS_PER_PROGRAM, triton.next_power_of_2(rows // processors)))
+
+
+def warps_of(values: int) -> int:
+    """Warps of a Triton program of so many values at once, a power of two."""
+    return max(1, min(MOST_WARPS, values // (32 * VALUES_PER_THREAD)))
 
 
 def _static_encode_triton(
@@ -160,60 +171,76 @@ def _static_encode_triton(
     layout = format.layout(features)
     if x.stride(1) != 1:
         x = x.contiguous()
-    inverse, offset, weight = (
-        None if table is None else table[rank] for table in (tables.inverse, tables.offset, tables.weight)
+    scale, offset, weight = (
+        None if table is None else table[rank] for table in (tables.scale, tables.offset, tables.weight)
     )
     with on_device_of(x):
-        tile_rows, positions, warps = static_tile(format, layout, rows, ROWS_PER_PROGRAM)
+        positions = triton.next_power_of_2(layout.piece)
+        values = positions * format.pieces
+        tile_rows = min(rows_per_program(rows), max(1, MOST_VALUES // values))
         _static_encode_kernel[(triton.cdiv(rows, tile_rows),)](
-            x, wire, inverse, offset, weight, tables.is_kept, tables.kept, rows, x.stride(0), wire.stride(0) // 8,
+            x, wire, scale, offset, weight, tables.is_kept, tables.kept, rows, x.stride(0), wire.stride(0) // 8,
             format, layout, tile_rows, positions, triton.next_power_of_2(layout.outlier_piece),
-            num_warps=warps, enable_fp_fusion=False,
+            num_warps=warps_of(tile_rows * values), enable_fp_fusion=False,
         )  # fmt: skip
 
 
 @triton.jit
 def _static_encode_kernel(
-    x, wire, inverse, offset, weight, is_kept, kept, rows, x_stride, row_words,
+    x, wire, scale, offset, weight, is_kept, kept, rows, x_stride, row_words,
     format: tl.constexpr, layout: tl.constexpr, tile_rows: tl.constexpr, positions: tl.constexpr,
     outlier_positions: tl.constexpr,
 ):  # fmt: skip
-    """Twin of ``static_encode``, for a tile of whole rows, one after the other."""
+    """Twin of ``static_encode``, for a tile of whole rows."""
     position = tl.arange(0, positions)
     first = tl.program_id(0).to(tl.int64) * tile_rows
     x += first * x_stride
+    rows -= first
     wire = tl.multiple_of(wire, 8) + first * row_words * 8
-    inverses = load_pieces_of_row(inverse, position, True, 1.0, format, layout)
-    offsets = inverses
-    weights = inverses
-    outliers = inverses
-    if format.asymmetric:
-        offsets = load_pieces_of_row(offset, position, True, 0.0, format, layout)
-    if format.row_scale:
-        weights = load_pieces_of_row(weight, position, True, 0.0, format, layout)
-    if layout.outliers > 0:
-        outliers = load_pieces_of_row(is_kept, position, True, 0, format, layout)
-    # All before the first reduction, behind which no load can be moved forward.
     loaded = ()
     for index in tl.static_range(tile_rows):
-        loaded = loaded + (load_pieces_of_row(x + index * x_stride, position, first + index < rows, 0.0, format, layout),)
-    row = tl.arange(0, tile_rows)[:, None]
-    finite_rows = row < 0
+        here = row_exists(position, index, rows)
+        loaded = loaded + (load_row(x + index * x_stride, position, here, 0.0, format, layout),)
+    weights = position
+    if format.row_scale:
+        weights = load_row(weight, position, True, 0.0, format, layout)
+    measured = ()
     for index in tl.static_range(tile_rows):
-        finite = _encode_row(
-            wire + index * row_words * 8, loaded[index], inverses, offsets, weights, outliers, position,
-            first + index < rows, format, layout,
+        measured = measured + (_measure(loaded[index], weights, format),)
+
+    scales = load_row(scale, position, True, 1.0, format, layout)
+    offsets = position
+    if format.asymmetric:
+        offsets = load_row(offset, position, True, 0.0, format, layout)
+    outliers = position
+    if layout.outliers > 0:
+        outliers = load_row(is_kept, position, True, 0, format, layout)
+    row = tl.arange(0, tile_rows)[:, None]
+    finite = row < 0
+    for index in tl.static_range(tile_rows):
+        _encode_row(
+            wire + index * row_words * 8, loaded[index], measured[index][0], measured[index][1],
+            scales, offsets, outliers, position, index, rows, format, layout,
         )  # fmt: skip
-        finite_rows = finite_rows | (finite & (row == index))
+        finite = finite | (measured[index][0] & (row == index))
     if layout.outliers > 0:
         _store_outliers(
-            wire + row * row_words * 8, x + row * x_stride, kept, finite_rows, first + row < rows,
+            wire + row * row_words * 8, x + row * x_stride, kept, finite, row < rows,
             tl.arange(0, outlier_positions)[None, :], format, layout,
         )  # fmt: skip
 
 
 @triton.jit
-def load_pieces_of_row(source, position, exists, fill: tl.constexpr, format: tl.constexpr, layout: tl.constexpr):
+def row_exists(position, index: tl.constexpr, rows):
+    """Whether row ``index`` is one of ``rows``, for each position.
+
+    No splat of a scalar comparison, which the interpreter makes int32, and as a mask does not take in Triton 3.9.
+    """
+    return tl.full(position.shape, index, tl.int32) < rows
+
+
+@triton.jit
+def load_row(source, position, exists, fill: tl.constexpr, format: tl.constexpr, layout: tl.constexpr):
     """The tuple of the pieces of one row, or of a table, as they are; ``fill`` where there is nothing."""
     pieces: tl.constexpr = format.pieces
     loaded = ()
@@ -226,19 +253,19 @@ def load_pieces_of_row(source, position, exists, fill: tl.constexpr, format: tl.
 
 @triton.jit
 def _encode_row(
-    wire, x, inverses, offsets, weights, outliers, position, exists, format: tl.constexpr, layout: tl.constexpr
-):
-    """Writes one row, but for the rest of its outliers; whether it is finite."""
+    wire, x, finite, largest, scales, offsets, outliers, position, index: tl.constexpr, rows,
+    format: tl.constexpr, layout: tl.constexpr,
+):  # fmt: skip
+    """Writes one row, but for the rest of its outliers."""
     bf16: tl.constexpr = format.bf16
     element: tl.constexpr = format.element
     planes: tl.constexpr = layout.planes
-    finite, largest = _measure(x, weights, format)
     inverse_row_scale = 1.0
     if format.row_scale:
         bits = round_scale(largest, bf16)
         inverse_row_scale = reciprocal_or_zero(scale_value(bits, bf16))
         bits = tl.where(finite, bits, format.bf16.nan_bits).to(tl.int16)
-        tl.store((wire + layout.row_scale).to(tl.pointer_type(tl.int16)), bits, exists)
+        tl.store((wire + layout.row_scale).to(tl.pointer_type(tl.int16)), bits, index < rows)
     codes = ()
     for piece in tl.static_range(len(x)):
         value = tl.where(finite, widen(x[piece]), 0.0)
@@ -246,18 +273,18 @@ def _encode_row(
             value = value * inverse_row_scale
         if format.asymmetric:
             value = value - offsets[piece]
-        steps = tl.minimum(tl.maximum(value * inverses[piece], -format.zero_code), format.zero_code - 1)
+        steps = tl.div_rn(value, scales[piece])
+        steps = tl.minimum(tl.maximum(steps, -format.zero_code), format.zero_code - 1)
         # The code, and above it bits that packing drops.
         code = (steps + (ROUNDING + format.zero_code)).to(tl.int32, bitcast=True)
         if layout.outliers > 0:
             outlier = outliers[piece].to(tl.int32)
             code = (code & ~outlier) | (_outlier_bits(x[piece], finite, format) & outlier)
         codes = codes + (code,)
-    _store_planes(wire, planes, codes, position, exists & (position < layout.piece), layout.piece, element)
+    here = row_exists(position, index, rows) & (position < layout.piece)
+    _store_planes(wire, planes, codes, position, here, layout.piece, element)
     for gap in tl.static_range(len(layout.padding)):
-        for byte in tl.static_range(layout.padding[gap][0], layout.padding[gap][1]):
-            tl.store(wire + byte, 0, exists)
-    return finite
+        clear_bytes(wire, layout.padding[gap][0], layout.padding[gap][1], index < rows)
 
 
 @triton.jit
@@ -279,14 +306,15 @@ def _measure(x, weights, format: tl.constexpr):
 
 @triton.jit
 def _outlier_bits(x, finite, format: tl.constexpr):
-    """int32 bits of values in BF16, whose upper part may hold anything; NaN in rows that are not finite."""
+    """int32 bits of values in BF16, NaN in rows that are not finite.
+
+    Of BF16 itself as they are, a negative zero's too: it does not differ in the bits that lie in the place of a code.
+    """
     bf16: tl.constexpr = format.bf16
     if x.dtype == tl.bfloat16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        bits = tl.where((bits & 0x7FFF) == 0, 0, bits)
+        return tl.where(finite, x.to(tl.int16, bitcast=True).to(tl.int32), format.bf16.nan_bits)
     else:
-        bits = round_scale(x.to(tl.float32), bf16)
-    return tl.where(finite, bits, format.bf16.nan_bits)
+        return tl.where(finite, round_scale(x.to(tl.float32), bf16), format.bf16.nan_bits)
 
 
 @triton.jit
@@ -299,7 +327,7 @@ def _store_outliers(wire, x, kept, finite, exists, position, format: tl.constexp
     for piece in tl.static_range(pieces):
         slot = piece * layout.outlier_piece + position
         here = (position < layout.outlier_piece) & (slot < layout.outliers)
-        values = tl.load(x + tl.load(kept + slot, here, 0), exists & here, 0.0)
+        values = widen(tl.load(x + tl.load(kept + slot, here, 0), exists & here, 0.0))
         codes = codes + (tl.where(here, _outlier_bits(values, finite, format) >> format.bits, 0),)
     here = exists & (position < layout.outlier_piece)
     _store_planes(wire, planes, codes, position, here, layout.outlier_piece, rest)

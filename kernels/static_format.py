@@ -194,11 +194,10 @@ class StaticTables:
     there is one; the row scale is the largest ``|x[j]| * weight[i, j]`` of the row.
 
     Attributes:
-        scale: ``[ranks, features]``, positive, normal and finite.
+        scale: ``[ranks, features]``, finite, positive and no subnormal number.
         offset: ``[ranks, features]`` if the format is asymmetric, else None.
-        weight: ``[ranks, features]``, positive, if the format has row scales, else None.
+        weight: ``[ranks, features]``, of such numbers too, if the format has row scales, else None.
         kept: int64 ``[outliers]``, the outlier features, ascending; the same on every rank.
-        inverse: ``1 / scale``.
         is_kept: int8 ``[features]``: -1 for the outlier features, 0 for the others.
         digest: SHA-256 of all that is given.
 
@@ -210,7 +209,6 @@ class StaticTables:
     offset: torch.Tensor | None
     weight: torch.Tensor | None
     kept: torch.Tensor
-    inverse: torch.Tensor = field(init=False)
     is_kept: torch.Tensor = field(init=False)
     _copies: dict[torch.device, StaticTables] = field(init=False, default_factory=dict)
 
@@ -220,7 +218,6 @@ class StaticTables:
             raise ValueError(f"outlier features must be ascending, of 0 to {self.features - 1}")
         is_kept = torch.zeros(self.features, dtype=torch.int8, device=self.kept.device)
         is_kept[self.kept] = -1
-        object.__setattr__(self, "inverse", 1.0 / self.scale)
         object.__setattr__(self, "is_kept", is_kept)
 
     @property

@@ -20,6 +20,7 @@ from megacomp.kernels.packing import pieces_per_block
 
 __all__ = [
     "Tile",
+    "clear_bytes",
     "clear_tail",
     "join_pieces",
     "load_bytes",
@@ -250,3 +251,10 @@ def load_bytes(source, count: tl.constexpr, length: tl.constexpr, exists, access
         else:
             pieces = pieces + (loaded,)
     return pieces
+
+
+@triton.jit
+def clear_bytes(wire, start: tl.constexpr, stop: tl.constexpr, mask):
+    """Zeroes the bytes ``start`` to ``stop`` of every row."""
+    for byte in tl.static_range(start, stop):
+        tl.store(wire + byte, 0, mask)

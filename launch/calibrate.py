@@ -25,16 +25,20 @@ def run(
     tokens_file: command.TokensOption = None,
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", help="A static codec to calibrate; may be given several times. Default: static4."),
+        typer.Option(
+            "--codec",
+            help="A static codec to calibrate: the name of a preset, or a JSON object; may be given several times. "
+            "Default: static4.",
+        ),
     ] = None,
     engine: command.EngineOption = command.EngineName.DEEPSPEED,
     tp: command.TpOption = None,
     simulate_tp: command.SimulateTpOption = None,
     dtype: command.DtypeOption = command.DtypeName.BF16,
     sequence_length: command.SequenceLengthOption = None,
-    sequences: Annotated[int, typer.Option(min=1, help="How many sequences of the text to draw.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Which ones are drawn.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward.")] = 8,
+    sequences: command.SequencesOption = 128,
+    seed: command.SeedOption = 0,
+    batch_size: command.BatchSizeOption = 8,
 ) -> None:
     """Runs a text through the model and writes what static codecs need to know of every site and rank.
 
@@ -47,7 +51,7 @@ def run(
     tokens = text.read(model, architecture, text_file, tokens_file, sequence_length)
     digest = model_digest(model)
     ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.calibrate", command.arguments(ctx))
-    if simulate_tp is None and ranks == 1:
+    if (simulate_tp or ranks) == 1:
         raise LaunchError("one rank reduces nothing: give --tp N or --simulate-tp N, as the model will run")
 
     drawn = pick_sequences(tokens, sequences, seed)
@@ -71,7 +75,7 @@ def run(
 
 
 def _static(name: str) -> codecs.StaticCodec:
-    made = codecs.get(name)
+    made = command.codec(name)
     if not isinstance(made, codecs.StaticCodec):
         allowed = ", ".join(codecs.presets(static=True))
         raise LaunchError(f"--codec {name}: a block codec needs no calibration; static codecs: {allowed}")

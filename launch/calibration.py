@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import megacomp
-from megacomp.calibration import Calibration, SiteTables, Statistics, tables_of
+from megacomp.calibration import SUM, Calibration, SiteTables, Statistics, tables_of
 from megacomp.codecs import StaticCodec
+from megacomp.launch.distributed import of_rank_0
 from megacomp.launch.engines import Engine
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.files import replacing
 
 __all__ = ["calibrate", "gather", "pick_sequences", "write"]
+
+_logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SAVES = 30.0
 """How much work an interruption may cost."""
@@ -54,13 +58,25 @@ def calibrate(
     of no use with other arguments, and starts anew then.
     progress: called with (sequences done, sequences to do), counting every pass.
 
-    Raises ValueError for a model without tensor-parallel reductions, LaunchError for one that gives NaN everywhere.
+    Raises ValueError for a model without tensor-parallel reductions, LaunchError for a hidden size that a codec is not
+    for, and for a rank whose partials at a site have a NaN or Inf in every row. Other such rows are left out, with a
+    warning.
     """
+    for codec in codecs:
+        try:
+            codec.check_features(engine.architecture.hidden_size)
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
     statistics = gather(
         engine, tokens, codecs, (model, batch_size), batch_size=batch_size, state=state, progress=progress
     )
     if not statistics.sites:
         raise ValueError("the model has no site that reduces among ranks")
+    for site, sender in statistics.unseen:
+        what = "the sums" if sender == SUM else f"the partials of rank {sender}"
+        raise LaunchError(f"{site}: {what} have a NaN or Inf in every row; is {engine.dtype} right for this model?")
+    if statistics.skipped_rows and dist.get_rank(engine.group) == 0:
+        _logger.warning("rows left out of the calibration for a NaN or Inf in their sum: %d", statistics.skipped_rows)
     tables = {
         codec.name: {site: SiteTables(*tables_of(statistics, codec, site)) for site in statistics.sites}
         for codec in codecs
@@ -91,16 +107,17 @@ def gather(
     saved = time.monotonic()
     with megacomp.observe(engine.module, statistics):
         for step in range(done, statistics.passes * len(batches)):
-            if step == len(batches):
+            if step and step % len(batches) == 0:
                 statistics.next_pass()
             engine.logits(batches[step % len(batches)])
             if progress is not None:
                 sequences = min((step % len(batches) + 1) * batch_size, len(tokens))
                 progress(step // len(batches) * len(tokens) + sequences, statistics.passes * len(tokens))
             # Ranks are in step, so each saves what the others do: rank 0 says when.
-            if resumable is not None and _together(engine, time.monotonic() - saved > SECONDS_BETWEEN_SAVES):
+            if resumable is not None and of_rank_0(time.monotonic() - saved > SECONDS_BETWEEN_SAVES, engine.group):
                 resumable.save(statistics, step + 1)
                 saved = time.monotonic()
+    statistics.finish()
     if dist.get_world_size(engine.group) > 1:
         told: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size(engine.group)
         dist.all_gather_object(told, statistics.state(), engine.group)
@@ -121,17 +138,9 @@ def write(calibration: Calibration, path: Path) -> None:
 
 def _key(engine: Engine, tokens: torch.Tensor, codecs: Sequence[StaticCodec], identity: object) -> str:
     specs = [dict(codec.spec) for codec in codecs]
-    what = [engine.name, engine.tp, str(engine.dtype), list(tokens.shape), specs, identity, megacomp.__version__]
+    ranks = [engine.name, engine.tp, engine.simulated]
+    what = [*ranks, str(engine.dtype), list(tokens.shape), specs, identity, megacomp.__version__]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode() + tokens.numpy().tobytes()).hexdigest()
-
-
-def _together(engine: Engine, mine: bool) -> bool:
-    """What rank 0 thinks."""
-    if dist.get_world_size(engine.group) == 1:
-        return mine
-    said = [mine]
-    dist.broadcast_object_list(said, dist.get_global_rank(engine.group, 0), engine.group)
-    return said[0]
 
 
 class _State:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megacomp.launch import bench, calibrate, convert, doctor, generate, inspect, plan, run, tune
+from megacomp.launch import bench, calibrate, convert, doctor, generate, inspect, plan, run, search, tune
 from megacomp.launch import eval as eval_command
 from megacomp.launch.command import RankedCommand, RankedGroup
 from megacomp.version import __version__
@@ -41,6 +41,7 @@ app.command("generate", cls=RankedCommand)(generate.run)
 app.command("eval", cls=RankedCommand)(eval_command.run)
 app.command("calibrate", cls=RankedCommand)(calibrate.run)
 app.command("inspect", cls=RankedCommand)(inspect.run)
+app.command("search", cls=RankedCommand)(search.run)
 app.command("convert", cls=RankedCommand)(convert.run)
 app.command("tune", cls=RankedCommand)(tune.run)
 app.command("doctor", cls=RankedCommand)(doctor.run)

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from packaging.version import Version
 from torch.distributed.rendezvous import rendezvous
 
 from megacomp.launch.errors import LaunchError
+
+T = TypeVar("T")
 
 
 def launched_world_size() -> int | None:
@@ -70,6 +72,15 @@ def ensure_ranks(tp: int | None, module: str, arguments: Sequence[str]) -> int:
     if tp is None or tp == 1:
         return 1
     _relaunch(tp, module, arguments)
+
+
+def of_rank_0(value: T, group: dist.ProcessGroup) -> T:
+    """What rank 0 of `group` brings, on every rank, all of which call this: clocks and files are each rank's own."""
+    if dist.get_world_size(group) == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group)
+    return said[0]
 
 
 @contextmanager

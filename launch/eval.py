@@ -39,7 +39,7 @@ def run(
         ),
     ] = None,
     sequence_length: command.SequenceLengthOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward.")] = 8,
+    batch_size: command.BatchSizeOption = 8,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Use only the first ones.")] = None,
     tasks: Annotated[
         str | None,

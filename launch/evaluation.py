@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,7 +104,8 @@ def evaluate(
             batch = tokens[start : start + batch_size]
             exact = engine.logits(batch)
             compressed = exact if compression is None else compression.run(batch, exact)
-            scores.add(exact, compressed, batch.to(exact.device))
+            for comparison in compare(exact, compressed, batch):
+                scores.add(comparison)
             if write is not None:
                 write(compressed)
             if progress is not None:
@@ -180,40 +181,66 @@ class _Compression:
         }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs of one sequence, in sums over the positions that have a next token, float64.
+
+    positions: how many there are. baseline_loss, loss: negative log-likelihood of the next token, of the uncompressed
+    and the compressed run, in nats. kl: KL(uncompressed || compressed) of its distribution, in nats. agreed: positions
+    where both prefer the same token.
+    """
+
+    positions: int
+    baseline_loss: float
+    loss: float
+    kl: float
+    agreed: int
+
+
+def compare(exact: torch.Tensor, compressed: torch.Tensor, tokens: torch.Tensor) -> Iterator[Comparison]:
+    """Both runs of each sequence: their logits float32 [batch, length, vocab_size] on tokens int64 [batch, length]."""
+    # Sequence by sequence: several float32 tensors of this size at once would be most of the memory.
+    for row, exact_logits, logits in zip(tokens.to(exact.device), exact, compressed, strict=True):
+        targets = row[1:, None]
+        exact_log = exact_logits[:-1].log_softmax(-1)
+        log = exact_log if compressed is exact else logits[:-1].log_softmax(-1)
+        yield Comparison(
+            positions=len(targets),
+            baseline_loss=-exact_log.gather(-1, targets).double().sum().item(),
+            loss=-log.gather(-1, targets).double().sum().item(),
+            kl=(exact_log.exp() * (exact_log - log)).sum(-1).double().sum().item(),
+            agreed=int((exact_log.argmax(-1) == log.argmax(-1)).sum().item()),
+        )
+
+
 class _Scores:
-    """Sums over the positions that have a next token, in float64."""
+    """What comparisons of sequences add up to."""
 
     def __init__(self) -> None:
         self._count = 0
         self._baseline_loss = self._loss = self._kl = self._agreed = 0.0
 
-    def add(self, exact: torch.Tensor, compressed: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Logits float32 [batch, length, vocab_size] of both runs on tokens [batch, length]."""
-        # Sequence by sequence: several float32 tensors of this size at once would be most of the memory.
-        for row, exact_logits, logits in zip(tokens, exact, compressed, strict=True):
-            targets = row[1:, None]
-            exact_log = exact_logits[:-1].log_softmax(-1)
-            log = exact_log if compressed is exact else logits[:-1].log_softmax(-1)
-            self._count += len(targets)
-            self._baseline_loss -= exact_log.gather(-1, targets).double().sum().item()
-            self._loss -= log.gather(-1, targets).double().sum().item()
-            self._kl += (exact_log.exp() * (exact_log - log)).sum(-1).double().sum().item()
-            self._agreed += (exact_log.argmax(-1) == log.argmax(-1)).sum().item()
+    def add(self, comparison: Comparison) -> None:
+        self._count += comparison.positions
+        self._baseline_loss += comparison.baseline_loss
+        self._loss += comparison.loss
+        self._kl += comparison.kl
+        self._agreed += comparison.agreed
 
     @property
     def baseline_perplexity(self) -> float:
-        return _exp(self._baseline_loss / self._count)
+        return exp(self._baseline_loss / self._count)
 
     def compared(self) -> dict[str, float]:
         """The compressed run against the uncompressed one, as fields of Evaluation."""
         return {
-            "perplexity": _exp(self._loss / self._count),
+            "perplexity": exp(self._loss / self._count),
             "kl": self._kl / self._count,
             "top1_agreement": self._agreed / self._count,
         }
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
     """exp that is infinite where it is too large for a float64, as a perplexity of a broken model may be."""
     return torch.tensor(value, dtype=torch.float64).exp().item()
 

@@ -80,21 +80,20 @@ def _distribution(result: Inspection) -> Table:
     """What the partials of every site look like."""
     shown = Table(
         title=_title(result),
-        caption="Of the outlier features, the largest first: share of tokens in which one is among the row's largest 1 %, "
-        "the mean of them; share of 1/64 of the features that ranks have in common.",
+        caption="in tokens: the largest share of tokens in which one of these is among the row's largest 1 %; "
+        "on ranks: what two ranks' sets of the 1/64 of the features of largest range have in common",
     )
     shown.add_column("site")
     for heading in ("range, max/median", "kurtosis", "row norms, p99/p50", "outlier features", "in tokens", "on ranks"):
         shown.add_column(heading, justify="right")
     for name, site in result.sites.items():
-        shares = [outlier.token_share for outlier in site.outliers]
         shown.add_row(
             name,
             f"{site.range_max / site.range_median:,.1f}" if site.range_median else "",
             "" if site.kurtosis is None else f"{site.kurtosis:,.1f}",
             "" if site.norm_spread is None else f"{site.norm_spread:.2f}",
             " ".join(str(outlier.feature) for outlier in site.outliers),
-            f"{sum(shares) / len(shares):.0%}",
+            f"{max(outlier.token_share for outlier in site.outliers):.0%}",
             f"{site.rank_overlap:.0%}",
         )
     return shown
@@ -105,7 +104,7 @@ def _codecs(result: Inspection) -> Table:
     calibrated = result.calibration_sequences
     shown = Table(
         title="SQNR of the sum, dB, every partial encoded once",
-        caption=f"Static codecs were calibrated on {calibrated} other sequences." if calibrated else None,
+        caption=f"static codecs were calibrated on {calibrated} other sequences" if calibrated else None,
     )
     shown.add_column("site")
     for name, bits in result.bits_per_value.items():

@@ -387,17 +387,18 @@ def plot(inspection: Inspection, path: Path) -> None:
     edges = torch.arange(len(ranges) + 1) - 0.5
     bounds = torch.linspace(0, inspection.features, columns + 1)
     axes[0].pcolormesh(bounds, edges, in_order, **colours)
-    axes[0].set(title="features in their order: a column is shared by sites", xlabel="feature")
+    axes[0].set(title="features in their order: shared by sites?", xlabel="feature")
     axes[1].pcolormesh(torch.arange(inspection.features + 1) + 1, edges, by_range, **colours)
-    axes[1].set(title="features by range: how many stand out", xlabel="features, largest range first", xscale="log")
+    axes[1].set(title="features by range: how many stand out?", xlabel="features, largest range first", xscale="log")
     drawn = axes[2].pcolormesh(torch.arange(inspection.tp + 1) - 0.5, edges, by_rank, **colours)
-    axes[2].set(title="largest, by rank", xlabel="rank", xticks=range(inspection.tp))
+    axes[2].set(title="by rank", xlabel="rank", xticks=range(inspection.tp))
+    axes[1].xaxis.set_major_formatter("{x:g}")
     every = -(-len(ranges) // 100)
     axes[0].set(yticks=range(0, len(ranges), every), ylim=(len(ranges) - 0.5, -0.5))
     axes[0].set_yticklabels(list(inspection.sites)[::every], fontsize=8)
-    figure.colorbar(drawn, ax=axes, label="range / median range of the site", pad=0.01)
+    figure.colorbar(drawn, ax=axes, label="range / median range of the site", format="{x:g}", pad=0.01)
     figure.suptitle(
-        f"Partials of {inspection.engine}, TP {inspection.tp}, {inspection.dtype}, "
+        f"Outlier features of partials: {inspection.engine}, TP {inspection.tp}, {inspection.dtype}, "
         f"{inspection.sequences * inspection.length:,} tokens"
     )
     with replacing(path) as file:

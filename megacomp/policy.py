@@ -226,7 +226,7 @@ class Policy:
         """`outcome` with static codecs as they are calibrated for `site`."""
         if self.calibration is None or isinstance(outcome, Decline):
             return outcome
-        calibrated = {}
+        calibrated: dict[codecs.Codec, codecs.Codec] = {}
         for codec in _static(outcome):
             if site.name not in self.calibration.tables[codec.name]:
                 return Decline.NOT_CALIBRATED

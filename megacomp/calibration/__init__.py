@@ -4,6 +4,6 @@
 """
 
 from megacomp.calibration.file import Calibration, CalibrationError, SiteTables
-from megacomp.calibration.statistics import Statistics, tables_of
+from megacomp.calibration.statistics import SUM, Statistics, tables_of
 
-__all__ = ["Calibration", "CalibrationError", "SiteTables", "Statistics", "tables_of"]
+__all__ = ["SUM", "Calibration", "CalibrationError", "SiteTables", "Statistics", "tables_of"]

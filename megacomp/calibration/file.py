@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megacomp.codecs import StaticCodec, get
+from megacomp.codecs import StaticCodec, get, presets
 from megacomp.kernels import StaticTables
 from megacomp.version import __version__
 
@@ -68,7 +68,7 @@ class Calibration:
         if codec.name not in self.tables:
             raise CalibrationError(
                 f"{self.source} has no tables for codec {codec.name}, only for {', '.join(self.tables)}; "
-                f"calibrate it: megacomp calibrate --codec {codec.name}"
+                f"calibrate it: megacomp calibrate --codec {_option(codec)}"
             )
         by_site = self.tables[codec.name]
         if site not in by_site:
@@ -119,6 +119,7 @@ class Calibration:
             "model": self.model,
             "codecs": json.dumps(self.codecs, sort_keys=True),
             "sites": json.dumps(self.sites),
+            "digest": self.digest,
         }
 
     @classmethod
@@ -176,7 +177,15 @@ class Calibration:
                 tables.setdefault(name, {})[site] = SiteTables(*parts)
         if tensors:
             raise CalibrationError(f"{source}: unknown tensor {next(iter(tensors))}")
-        return cls(tp, features, model, specs, tables, source)
+        calibration = cls(tp, features, model, specs, tables, source)
+        if metadata.get("digest") != calibration.digest:
+            raise CalibrationError(f"{source} is damaged: its tables are not those that were written")
+        return calibration
+
+
+def _option(codec: StaticCodec) -> str:
+    """``codec`` as a command line has it."""
+    return codec.name if codec.name in presets(static=True) else f"'{json.dumps(dict(codec.spec))}'"
 
 
 def _take(tensors: dict[str, torch.Tensor], where: str, source: str) -> StaticTables:

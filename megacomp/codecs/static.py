@@ -38,20 +38,22 @@ class StaticCodec(Codec):
     sum_tables: StaticTables | None = field(default=None, repr=False, compare=False)
     rank: int | None = None
     key: str = field(init=False, repr=False)
+    _first: StaticCodec | None = field(init=False, repr=False, compare=False, default=None)
     static: ClassVar[bool] = True
 
     __str__ = Codec.__str__
 
     def __post_init__(self) -> None:
-        tables = ",".join(
-            "null" if tables is None else f'"{tables.digest}"' for tables in (self.tables, self.sum_tables)
-        )
+        backend, spec = f'"backend":"{self.backend}"', f'"spec":{canonical_json(self.spec)}'
+        if self.tables is None or self.sum_tables is None:
+            object.__setattr__(self, "key", f"{{{backend},{spec}}}")
+            return
         rank = "null" if self.rank is None else self.rank
-        spec = canonical_json(self.spec)
-        key = f'{{"backend":"{self.backend}","rank":{rank},"spec":{spec},"tables":[{tables}]}}'
-        object.__setattr__(self, "key", key)
-        if self.tables is not None:
-            _by_key[key] = self
+        tables = f'"tables":["{self.tables.digest}","{self.sum_tables.digest}"]'
+        object.__setattr__(self, "key", f'{{{backend},"rank":{rank},{spec},{tables}}}')
+        # The first of equal codecs is the one that is found, and is there as long as any of them.
+        first = _by_key.setdefault(self.key, self)
+        object.__setattr__(self, "_first", None if first is self else first)
 
     def calibrated(self, tables: StaticTables, sum_tables: StaticTables) -> StaticCodec:
         """This codec at a site.
@@ -73,7 +75,7 @@ class StaticCodec(Codec):
         return replace(self, tables=tables, sum_tables=sum_tables)
 
     @cached_property
-    def summed(self) -> StaticCodec:  # type: ignore[override]
+    def summed(self) -> StaticCodec:
         return replace(self, tables=self.sum_tables, rank=0)
 
     def sender(self, rank: int) -> StaticCodec:
@@ -82,7 +84,7 @@ class StaticCodec(Codec):
         The codec of sums is the same on every rank.
         """
         tables = self._tables()
-        if tables is self.sum_tables:
+        if self.rank is not None and tables is self.sum_tables:
             return self
         if not 0 <= rank < tables.ranks:
             raise ValueError(f"codec {self.name} was calibrated for {tables.ranks} ranks; there is no rank {rank}")
@@ -96,6 +98,14 @@ class StaticCodec(Codec):
 
     def with_backend(self, backend: str) -> StaticCodec:
         return self if backend == self.backend else replace(self, backend=backend)
+
+    def check_features(self, features: int) -> None:
+        """Raise ValueError if rows of ``features`` values are too short for the outlier features it keeps."""
+        outliers = self.format.outliers(features)
+        if outliers > features:
+            raise ValueError(f"codec {self.name} keeps {outliers} outlier features, of {features}")
+        if not self.format.row_scale and not outliers:
+            raise ValueError(f"codec {self.name} keeps no outlier of {features} features: nothing could tell NaN")
 
     def row_bytes(self, features: int) -> int:
         return self.format.row_bytes(features)
@@ -133,13 +143,10 @@ class StaticCodec(Codec):
                 raise ValueError(f"{what}.{name} must be float32 {list(shape)}, not {table.dtype} {list(table.shape)}")
             if table is not None and not bool(torch.isfinite(table).all()):
                 raise ValueError(f"{what}.{name} must be finite")
-            if table is not None and name != "offset" and not bool((table > 0).all()):
-                raise ValueError(f"{what}.{name} must be positive")
+            if table is not None and name != "offset" and not bool((table >= torch.finfo(torch.float32).tiny).all()):
+                raise ValueError(f"{what}.{name} must be positive, and no subnormal numbers")
+        self.check_features(tables.features)
         outliers, kept = self.format.outliers(tables.features), tables.kept
-        if not self.format.row_scale and not outliers:
-            raise ValueError(
-                f"codec {self.name} keeps no outlier of {tables.features} features: nothing could tell NaN"
-            )
         if kept.dtype is not torch.int64 or kept.shape != (outliers,):
             raise ValueError(f"{what}.kept must be int64 [{outliers}], not {kept.dtype} {list(kept.shape)}")
 

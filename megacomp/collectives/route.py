@@ -83,7 +83,11 @@ class Route:
 def route_from_key(key: str) -> Route:
     """The route whose `key` this is."""
     read = json.loads(key)
-    codec, gather_codec = (read[name] and from_key(json.dumps(read[name])) for name in ("codec", "gather_codec"))
+    codec, gather_codec = (
+        # As it was written: a calibrated codec is known by its key.
+        read[name] and from_key(json.dumps(read[name], separators=(",", ":")))
+        for name in ("codec", "gather_codec")
+    )
     return Route(codec, gather_codec, read["algorithm"], read["pipeline_chunks"])
 
 

@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A GPU by name only, and the empty file of what was measured on it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(launching, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(launching, "_current_gpu", lambda: 0)
+    monkeypatch.setattr(launching, "current_gpu", lambda: 0)
     monkeypatch.setattr(launching, "gpu_processors", lambda gpu: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     launching.forget()
