@@ -38,11 +38,13 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.markdown import replace_table
 from megacomp import codecs
-from megacomp.kernels import reduce_norm
-from megacomp.launch import files
+from megacomp.launch import files, kernel_bench
 from megacomp.version import __version__
 
-CODECS: tuple[str | dict[str, Any], ...] = ("mxfp4", "nvfp4", "int4", {"preset": "int4", "rotation": 128}, "int8")
+CODECS: tuple[str | dict[str, Any], ...] = (
+    *("mxfp4", "nvfp4", "int4", {"preset": "int4", "rotation": 128}, "int8"),
+    *("static4", "static4_paper"),
+)
 OPERATIONS: tuple[tuple[str, int], ...] = (
     *(("encode", 1), ("decode_sum", 2), ("decode_sum", 4), ("decode_sum", 8)),
     *(("decode_sum_encode", 4), ("reduce_norm", 2)),
@@ -140,7 +142,8 @@ def captured_launches(architecture: int) -> Iterator[list[Launch]]:
 
 def compile_case(case: Case) -> list[Launch]:
     """The launches of a case; more than one where an operation takes several steps."""
-    codec, value_dtype = codecs.get(_spec(case.codec), backend="triton"), getattr(torch, case.dtype)
+    codec = kernel_bench.made_up(codecs.get(_spec(case.codec), backend="triton"), case.peers, case.features)
+    value_dtype = getattr(torch, case.dtype)
 
     def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -148,19 +151,19 @@ def compile_case(case: Case) -> list[Launch]:
     wires = empty(case.peers, ROWS, codec.row_bytes(case.features))
     with captured_launches(case.architecture) as launches:
         if case.operation == "encode":
-            codec.encode(empty(ROWS, case.features, dtype=value_dtype), wires[0])
+            codec.sender(0).encode(empty(ROWS, case.features, dtype=value_dtype), wires[0])
         elif case.operation == "decode_sum":
             codec.decode_sum(wires, case.features, value_dtype)
         elif case.operation == "reduce_norm":
             rows = empty(ROWS, case.features, dtype=value_dtype)
-            reduce_norm(codec.format, wires, rows, rows[0], 1e-5, rows, rows, codec.backend)
+            codec.reduce_norm(wires, rows, rows[0], 1e-5, rows, rows)
         else:
-            codec.decode_sum_encode(wires, case.features, codec)
+            codec.decode_sum_encode(wires, case.features, codec.summed)
     return launches
 
 
 def fewest_bytes(operation: str, codec: codecs.Codec, peers: int, features: int, dtype: torch.dtype) -> float:
-    """Bytes per value that must move: every input read once, every output written once."""
+    """Bytes per value that must move: every input read once, every output written once; but for tables."""
     wire = codec.row_bytes(features) / features
     return {
         "encode": dtype.itemsize + wire,
@@ -225,6 +228,11 @@ def describe(launch: Launch, values: int) -> dict[str, Any]:
 
 def _spec(codec: str) -> Any:
     return json.loads(codec) if codec.startswith("{") else codec
+
+
+def _is_one_kernel(operation: str, codec: str) -> bool:
+    """Static codecs have kernels of their own for encode and decode_sum, and for nothing else."""
+    return operation in ("encode", "decode_sum") or not codecs.get(_spec(codec)).static
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -351,6 +359,7 @@ def main(
             Case(name, spec, peers, width, architecture, dtype)
             for spec in specs
             for name, peers in operations
+            if _is_one_kernel(name, spec)
             for width in features or [FEATURES]
             for architecture in sm or ARCHITECTURES
         ]

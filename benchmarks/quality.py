@@ -56,7 +56,7 @@ def bytellama(data: Path) -> tuple[Path, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     folder = data / "bytellama-h256"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(0)
     prompt = torch.full((SAMPLES, 1), model.config.bos_token_id)
     tokens = model.generate(
@@ -135,14 +135,14 @@ def main(
     write: Annotated[Path | None, typer.Option(help="Replace the tables in this markdown file.")] = None,
 ) -> None:
     """Measures, prints the tables, and writes them where asked to."""
-    for path in (out, write):
-        files.check_writable(path)
+    files.check_writable(out)
+    files.check_writable(write)
     logging.getLogger("megacomp").setLevel(logging.ERROR)
     models = {"Demo model, hidden 256, outlier features": demo()}
     if data is not None:
-        for folder in ("stories260K", "bytellama-h256"):
-            if not (data / folder).is_dir():
-                raise LaunchError(f"no model {data / folder}")
+        for needed in ("stories260K", "bytellama-h256"):
+            if not (data / needed).is_dir():
+                raise LaunchError(f"no model {data / needed}")
         models["stories260K, hidden 64"] = stories(data)
         models["bytellama-h256, hidden 256"] = bytellama(data)
     found = []

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megacomp import codecs
-from megacomp.kernels import reduce_norm
 from megacomp.launch import environment, files
 
 CODECS = ("mxfp4", "nvfp4", "int8")
@@ -37,7 +36,7 @@ def measure(name: str, rows: int, features: int, repeats: int) -> dict[str, Any]
         torch.nn.functional.rms_norm(total.add_(residual), (features,), weight, 1e-5)
 
     def fused() -> None:
-        reduce_norm(codec.format, wires, residual, weight, 1e-5, new_residual, normalized, codec.backend)
+        codec.reduce_norm(wires, residual, weight, 1e-5, new_residual, normalized)
 
     ways: dict[str, Callable[[], None]] = {"separate_ms": separate, "fused_ms": fused}
     times: dict[str, list[float]] = {way: [] for way in ways}

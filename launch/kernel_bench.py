@@ -8,6 +8,7 @@ launch costs does. Contenders alternate, graph by graph, so that clocks that dri
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -25,7 +26,8 @@ import triton.language as tl
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from megacomp import codecs
-from megacomp.codecs import Codec
+from megacomp.codecs import BlockCodec, Codec, StaticCodec
+from megacomp.kernels import StaticFormat, StaticTables
 from megacomp.kernels import launch_config as launching
 from megacomp.kernels.block_format import BlockFormat, WireFields
 from megacomp.kernels.decode_sum import decode_sum_definition
@@ -45,12 +47,44 @@ def codec_of(spec: str, backend: str = "auto") -> Codec:
     return codecs.get(json.loads(spec) if spec.startswith("{") else spec, backend=backend)
 
 
+def made_up(codec: Codec, ranks: int, features: int) -> Codec:
+    """``codec``; a static one with tables for normal values, every ``OUTLIER_EVERY``th feature larger."""
+    if not isinstance(codec, StaticCodec):
+        return codec
+    return codec.calibrated(_tables(codec.format, ranks, features), _tables(codec.format, 1, features))
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(format: StaticFormat, ranks: int, features: int) -> StaticTables:
+    feature = torch.arange(features)
+    gain = torch.where(feature % OUTLIER_EVERY == 0, OUTLIER_GAIN, 1.0) * torch.linspace(1, 1.5, ranks)[:, None]
+    scale = gain * ((1 if format.row_scale else 4) / format.zero_code)
+    largest_first = sorted(range(features), key=lambda feature: feature % OUTLIER_EVERY != 0)
+    return StaticTables(
+        scale,
+        scale / 2 if format.asymmetric else None,
+        1 / gain if format.row_scale else None,
+        torch.tensor(sorted(largest_first[: format.outliers(features)]), dtype=torch.int64),
+    )
+
+
+def _decoder(codec: Codec, rank: int) -> Codec:
+    """What decodes a wire of ``rank`` alone."""
+    if not isinstance(codec, StaticCodec) or codec.tables is None or codec.sum_tables is None:
+        return codec
+    own = slice(rank, rank + 1)
+    tables = codec.tables
+    offset, weight = (None if table is None else table[own] for table in (tables.offset, tables.weight))
+    return codec.calibrated(StaticTables(tables.scale[own], offset, weight, tables.kept), codec.sum_tables)
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel on one message.
 
     Attributes:
-        operation: ``"encode"``, ``"decode_sum"`` or ``"decode_sum_encode"`` (into the same codec).
+        operation: ``"encode"``, ``"decode_sum"`` or ``"decode_sum_encode"`` (into the same codec). A static codec
+            takes the latter's two steps.
         spec: the codec: a preset's name, or a JSON object as in the configuration.
         peers: wires that are read; 1 for encode.
         rows, features: of the message.
@@ -65,7 +99,8 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
 
     def codec(self, backend: str) -> Codec:
-        return codec_of(self.spec, backend)
+        """The codec, with tables if it needs some."""
+        return made_up(codec_of(self.spec, backend), self.peers, self.features)
 
     @property
     def message_bytes(self) -> int:
@@ -145,12 +180,16 @@ def check(case: Case, device: torch.device, seed: int, large: bool = False) -> d
         case: what to check.
         device: where the kernel runs.
         seed: of the data.
-        large: launch the kernel as one would for a large message.
+        large: launch the kernel as one would for a large message; for a static codec make it one.
 
     Returns:
-        A JSON-able dict: the case; ``launch``; ``passed``; ``wrong``, the values or bytes that differ;
+        A JSON-able dict: the case; ``launch``, as of ``describe_launch``; ``passed``; ``wrong``, the values or bytes
+        that differ;
         ``float64_error``, relative, in norm, or None; ``error``, what was raised, or None.
     """
+    if large and isinstance(codec_of(case.spec), StaticCodec):
+        processors = launching.gpu_processors(device.index if device.type == "cuda" else None)
+        case, large = replace(case, rows=case.rows + 2 * processors), False
     result = {**case.describe(), "launch": None, "passed": False, "wrong": None, "float64_error": None, "error": None}
     try:
         with _as_large(case) if large else contextlib.nullcontext():
@@ -172,22 +211,23 @@ def _compare(case: Case, device: torch.device, generator: torch.Generator) -> tu
     definition, kernel = case.codec("reference"), case.codec("triton")
     features, dtype = case.features, case.dtype
     partials = [check_values(case.rows, features, dtype, generator) for _ in range(case.peers)]
-    wires = torch.stack([definition.encode(x) for x in partials])
+    wires = torch.stack([definition.sender(rank).encode(x) for rank, x in enumerate(partials)])
     if case.operation == "encode":
         spread = torch.zeros(case.rows, features + 16, dtype=dtype, device=device)
         spread[:, :features] = partials[0].to(device)
         out = torch.full(wires.shape[1:], 0xA5, dtype=torch.uint8, device=device)
-        kernel.encode(spread[:, :features], out)
+        kernel.sender(0).encode(spread[:, :features], out)
         return int((out.cpu() != wires[0]).sum()), None
     if case.operation == "decode_sum_encode":
-        expected = definition.decode_sum_encode(wires, features, definition)
+        expected = definition.decode_sum_encode(wires, features, definition.summed)
         out = torch.full(expected.shape, 0xA5, dtype=torch.uint8, device=device)
-        kernel.decode_sum_encode(wires.to(device), features, kernel, out)
+        kernel.decode_sum_encode(wires.to(device), features, kernel.summed, out)
         return int((out.cpu() != expected).sum()), None
     expected = definition.decode_sum(wires, features, dtype)
     poisoned = torch.full((case.rows, features), 12345.0, dtype=dtype, device=device)
     found = kernel.decode_sum(wires.to(device), features, dtype, poisoned).cpu()
-    exact = torch.stack([definition.decode(wire, features, torch.float32).double() for wire in wires]).sum(0)
+    decoded = [_decoder(definition, rank).decode(wire, features, torch.float32) for rank, wire in enumerate(wires)]
+    exact = torch.stack(decoded).double().sum(0)
     rows = ordinary(exact)
     error = (found.double() - exact)[rows].norm() / exact[rows].norm()
     return differing(found, expected), float(error)
@@ -232,9 +272,9 @@ class Buffers:
             x = _random(case, device)
             wires = torch.full(shape, 0xA5, dtype=torch.uint8, device=device)
             if case.operation != "encode":
-                for wire in wires:
+                for rank, wire in enumerate(wires):
                     x.copy_(_random(case, device))
-                    codec.encode(x, wire)
+                    codec.sender(rank).encode(x, wire)
             if case.operation == "decode_sum_encode":
                 buffers.sums.append(torch.full(shape[1:], 0xA5, dtype=torch.uint8, device=device))
             else:
@@ -246,17 +286,22 @@ class Buffers:
         """The operation on each set."""
         codec, features = self.case.codec(backend), self.case.features
         if self.case.operation == "encode":
-            return [_bind(codec.encode, x, wires[0]) for x, wires in zip(self.values, self.wires, strict=True)]
+            return [
+                _bind(codec.sender(0).encode, x, wires[0]) for x, wires in zip(self.values, self.wires, strict=True)
+            ]
         if self.case.operation == "decode_sum":
             pairs = zip(self.wires, self.values, strict=True)
             return [_bind(codec.decode_sum, wires, features, out.dtype, out) for wires, out in pairs]
         pairs = zip(self.wires, self.sums, strict=True)
-        return [_bind(codec.decode_sum_encode, wires, features, codec, out) for wires, out in pairs]
+        return [_bind(codec.decode_sum_encode, wires, features, codec.summed, out) for wires, out in pairs]
 
     def compiled_calls(self) -> list[Callable[[], object]]:
         """torch.compile of the definition on each set. The fields of wires are passed as tensors of their own: this
         is as fast as its kernels get (kernels/compiled.py)."""
-        case, format = self.case, self.case.codec("reference").format
+        case, codec = self.case, self.case.codec("reference")
+        if not isinstance(codec, BlockCodec):
+            raise ValueError(f"codec {codec.name} is not measured beside torch.compile")
+        format = codec.format
         features = format.padded_features(case.features)
         if features != case.features:
             raise ValueError(f"{case.features} features are not whole blocks")
@@ -284,12 +329,12 @@ class Buffers:
             for index in {0, len(self.wires) - 1}:
                 given = self.wires[index][:, rows].cpu()
                 if self.case.operation == "encode":
-                    total += differing(given[0], definition.encode(self.values[index][rows].cpu()))
+                    total += differing(given[0], definition.sender(0).encode(self.values[index][rows].cpu()))
                 elif self.case.operation == "decode_sum":
                     out = self.values[index][rows].cpu()
                     total += differing(out, definition.decode_sum(given, features, out.dtype))
                 else:
-                    expected = definition.decode_sum_encode(given, features, definition)
+                    expected = definition.decode_sum_encode(given, features, definition.summed)
                     total += differing(self.sums[index][rows].cpu(), expected)
         return total
 
@@ -491,8 +536,10 @@ def figures(moved_bytes: int, times: Mapping[str, Mapping[str, Any]]) -> dict[st
     }
 
 
-def describe_launch(case: Case) -> dict[str, Any]:
-    """How the case's kernel is launched; JSON-able."""
+def describe_launch(case: Case) -> dict[str, Any] | None:
+    """How the case's kernel is launched; JSON-able; None for static codecs, whose launches follow from the shape."""
+    if not isinstance(codec_of(case.spec), BlockCodec):
+        return None
     format, layout, dtype = _launched(case)
     config = launching.launch_config(case.operation, format, layout, case.rows, dtype)
     return {**vars(config.tile), "num_warps": config.num_warps}
@@ -500,7 +547,9 @@ def describe_launch(case: Case) -> dict[str, Any]:
 
 def _launched(case: Case) -> tuple[BlockFormat, Any, torch.dtype]:
     """The format, layout and dtype by which a launch is configured."""
-    format = codec_of(case.spec).format
+    codec = codec_of(case.spec)
+    assert isinstance(codec, BlockCodec)
+    format = codec.format
     dtype = torch.float32 if case.operation == "decode_sum_encode" else case.dtype
     return format, format.layout(case.features), dtype
 
@@ -568,7 +617,9 @@ TUNED_PEERS = 4
 
 
 def tuning_cases(spec: str, features: int, mebibytes: Sequence[int]) -> list[list[Case]]:
-    """For each operation the messages to tune it on."""
+    """For each operation the messages to tune it on; none for static codecs, whose launches have no choice."""
+    if not isinstance(codec_of(spec), BlockCodec):
+        return []
     rows = [rows_of(size, features) for size in mebibytes]
     return [
         [Case(operation, spec, 1 if operation == "encode" else TUNED_PEERS, count, features) for count in rows]

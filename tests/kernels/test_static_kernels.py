@@ -33,7 +33,6 @@ FORMATS = {
     "3 bits, one outlier": StaticFormat(3, 1, row_scale=True, asymmetric=True),
     "5 bits, most are outliers": StaticFormat(5, 0.7, asymmetric=True),
     "6 bits": StaticFormat(6, 3, row_scale=True, asymmetric=True),
-    "7 bits": StaticFormat(7, 0.1),
     "8 bits": StaticFormat(8, 2, row_scale=True),
 }
 SHAPES = [(1, torch.float32), (7, torch.bfloat16), (33, torch.float16), (64, torch.bfloat16)]
@@ -88,7 +87,7 @@ def test_every_format_on_every_kind_of_row(format: StaticFormat) -> None:
 
 
 @interpreted
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     bits=st.integers(2, 8),
     outliers=st.sampled_from([0, 1, 5, 0.0125, 0.3, 0.99]),
@@ -97,8 +96,8 @@ def test_every_format_on_every_kind_of_row(format: StaticFormat) -> None:
     dtype=st.sampled_from(DTYPES),
     out_dtype=st.sampled_from(DTYPES),
     peers=st.integers(1, 3),
-    rows=st.integers(1, 4),
-    features=st.one_of(st.sampled_from([8, 32, 128, 256]), st.integers(5, 300)),
+    rows=st.integers(1, 3),
+    features=st.one_of(st.sampled_from([8, 32, 128, 256]), st.integers(5, 200)),
     seed=st.integers(0, 2**16),
 )
 def test_any_format_shape_and_dtype(
@@ -237,7 +236,7 @@ def test_nan_and_inf_are_never_hidden_and_never_spread(poison: float, name: str,
         assert torch.equal(total[1].isnan(), torch.ones_like(kept) if format.row_scale else kept)
 
 
-@pytest.mark.parametrize("name", ["static4", "static4_paper", "8 bits", "7 bits"])
+@pytest.mark.parametrize("name", ["static4", "static4_paper", "6 bits", "8 bits"])
 def test_outliers_keep_bf16(name: str) -> None:
     format, features = FORMATS[name], 320
     known = tables(format, features)

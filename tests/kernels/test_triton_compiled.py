@@ -29,6 +29,18 @@ CASES = [
         )
     ),
 ]
+STATIC = [("encode", 1), ("decode_sum", 4)]
+STATIC_CASES = [
+    *(
+        (*operation, spec, HIDDEN, sm)
+        for operation in STATIC
+        for spec in ("static4", "static4_paper")
+        for sm in ARCHITECTURES
+    ),
+    *((*operation, "static4", features, 90) for operation in STATIC for features in (2568, 2880)),
+    *((*operation, json.dumps({"preset": "static4", "bits": 3}), HIDDEN, 90) for operation in STATIC),
+    ("encode", 1, "static4", 8192, 90),
+]
 
 COMPILE = """
 import json, sys
@@ -41,7 +53,7 @@ print(json.dumps(reports(cases)))
 @pytest.fixture(scope="module")
 def kernels():
     """The report of every kernel of every case, from a process whose Triton compiles."""
-    return printed(COMPILE, CASES)
+    return printed(COMPILE, CASES + STATIC_CASES)
 
 
 def named(kernel):
@@ -49,8 +61,9 @@ def named(kernel):
 
 
 def test_each_operation_is_one_kernel(kernels):
-    assert len(kernels) == len(CASES)
-    assert {kernel["kernel"] for kernel in kernels} == {f"{name}_kernel" for name, _ in OPERATIONS}
+    assert len(kernels) == len(CASES) + len(STATIC_CASES)
+    names = {f"{name}_kernel" for name, _ in OPERATIONS} | {f"static_{name}_kernel" for name, _ in STATIC}
+    assert {kernel["kernel"] for kernel in kernels} == names
 
 
 def test_nothing_spills(kernels):
@@ -97,3 +110,19 @@ def test_values_and_codes_move_in_wide_accesses(kernels):
             assert moved(writes, value_width, kernel) >= 2, named(kernel)
         else:
             assert moved(writes, width, kernel) >= code_bytes, named(kernel)
+
+
+def test_static_codecs_move_values_and_codes_in_wide_accesses(kernels):
+    kernels = [kernel for kernel in kernels if kernel["kernel"].startswith("static") and kernel["features"] == HIDDEN]
+    kernels = [kernel for kernel in kernels if kernel["codec"] in ("static4", "static4_paper")]
+    assert len(kernels) == len(STATIC) * 2 * len(ARCHITECTURES)
+    for kernel in kernels:
+        reads, writes = kernel["loads"], kernel["stores"]
+        if kernel["operation"] == "encode":
+            assert moved(reads, 16, kernel) >= 2, named(kernel)
+            assert moved(writes, 8, kernel) >= 0.5, named(kernel)
+        else:
+            assert moved(reads, 8, kernel) >= kernel["peers"] * 0.5, named(kernel)
+            assert moved(writes, 16, kernel) >= 2, named(kernel)
+            # Between what all threads write and the outliers that go over it.
+            assert kernel["barriers"], named(kernel)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
+PARTS = ("element", "scale", "planes", "plane_shifts", "bf16", "outlier_rest", "outlier_planes")
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
@@ -19,6 +20,6 @@ def test_objects_are_passed_on_by_names_of_constants(path):
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id != "len"
         for argument in (*call.args, *(keyword.value for keyword in call.keywords))
-        if isinstance(argument, ast.Attribute) and argument.attr in ("element", "scale", "planes", "plane_shifts")
+        if isinstance(argument, ast.Attribute) and argument.attr in PARTS
     ]
     assert not passed
