@@ -79,6 +79,8 @@ def sums_in_slices(
         (the rows, their sums float32 ``[rows, features]``), the sums valid until the next.
     """
     rows = wires.shape[1]
+    if rows == 0:
+        return
     if sums is None:
         sums = wires.new_empty(sums_rows(rows, features, wires.device), features, dtype=torch.float32)
     # Even slices: none is a single row, which no backend compiles, unless that is the message.

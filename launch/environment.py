@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacomp.tuning import cpu_name
+from megacomp.machine import cpu_name
 from megacomp.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed", "megatron-core")

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megacomp.collectives import Algorithm, Route, choose_algorithm, choose_chunks
 from megacomp.kernels.launch_config import cache_folder, slug
+from megacomp.machine import cpu_name
 from megacomp.version import __version__
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "TuningError",
     "Tunings",
     "cache_file",
-    "cpu_name",
     "plan",
 ]
 
@@ -371,15 +370,6 @@ class Tunings:
             self._problems[tuning.key.world_size] = f"{path} was measured with {'; '.join(differences)}"
         else:
             self._found[tuning.key.world_size] = (path, tuning)
-
-
-def cpu_name() -> str:
-    """This machine's CPU, as it calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _device() -> torch.device:

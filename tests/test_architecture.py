@@ -23,6 +23,7 @@ ROOMS = {
 
 FLOORS = {
     "megacomp.version": 0,
+    "megacomp.machine": 0,
     "megacomp.kernels": 0,
     "megacomp.codecs": 1,
     "megacomp.collectives": 2,

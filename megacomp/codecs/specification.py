@@ -222,7 +222,7 @@ def _check_static(options: dict[str, Any]) -> None:
     _check_choice("symmetric", options["symmetric"], (True, False))
     _check_choice("row_scale", options["row_scale"], (True, False))
     outliers = options["outlier_features"]
-    if isinstance(outliers, bool) or not isinstance(outliers, int | float) or outliers < 0:
+    if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not outliers >= 0:
         raise CodecError("outlier_features", f"{outliers!r} is not allowed; allowed: a count, or a share below 1")
     if isinstance(outliers, float) and outliers >= 1:
         raise CodecError("outlier_features", f"{outliers!r} is no share of the features; allowed: 0.0 up to below 1.0")
