@@ -85,7 +85,7 @@ def encode(x: np.ndarray, numbers: Numbers) -> np.ndarray:
     if numbers.offset is not None:
         values = values - numbers.offset
     zero = 2 ** (bits - 1)
-    steps = np.clip(np.rint(values * (np.float32(1) / numbers.scale)), -zero, zero - 1)
+    steps = np.clip(np.rint(values / numbers.scale), -zero, zero - 1)
     codes = np.full((rows, padded(features, bits)), zero, np.uint32)
     codes[:, :features] = (steps + zero).astype(np.uint32)
     outliers = np.where(finite, bf16_bits(np.where(finite, x, 0)[:, kept]), NAN_BF16)
