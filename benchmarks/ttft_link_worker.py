@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ from megacomp.launch import autotune, command, environment, files
 from megacomp.launch.autotune import GroupRanks, Message
 from megacomp.launch.distributed import process_group
 from megacomp.launch.engines import Engine
-from megacomp.launch.measure import measure
 from megacomp.patches import FRAMEWORKS
 from megacomp.tuning import Key, Plan, Tuning, plan
 
@@ -141,11 +141,26 @@ def tune(task: Task, world_size: int, mbit: float) -> Path:
 
 
 def collective(task: Task, route: Route) -> dict[str, Any]:
-    """One large all_reduce, plain and by `route`."""
-    rows, features = task.collective_rows, task.hidden
-    once = measure(route, rows=rows, features=features, warmup=0, repeats=1)
-    pair = 1e-3 * (once["plain"]["median_ms"] + once["compressed"]["median_ms"])
-    return measure(route, rows=rows, features=features, warmup=1, repeats=repetitions(task, pair))
+    """One large all_reduce, plain and by `route`, in turn; the same JSON-able dict on every rank."""
+    ranks = GroupRanks(None, CPU)
+    message = Message(task.collective_rows, task.hidden, torch.bfloat16)
+    times: dict[str, list[float]] = {"plain": [], "compressed": []}
+    wanted = task.fewest
+    while len(times["plain"]) < wanted:
+        times["plain"].append(ranks.seconds(message, None))
+        times["compressed"].append(ranks.seconds(message, route))
+        if len(times["plain"]) == 1:
+            wanted = repetitions(task, times["plain"][0] + times["compressed"][0])
+    plain, compressed = (1e3 * statistics.median(seconds) for seconds in times.values())
+    return {
+        "bytes": message.bytes,
+        "algorithm": route.algorithm,
+        "pipeline_chunks": route.pipeline_chunks,
+        "plain_ms": [1e3 * one for one in times["plain"]],
+        "compressed_ms": [1e3 * one for one in times["compressed"]],
+        "median_ms": {"plain": plain, "compressed": compressed},
+        "speedup": plain / compressed,
+    }
 
 
 def repetitions(task: Task, seconds: float) -> int:
