@@ -161,7 +161,7 @@ def main(
     hidden: Annotated[int, typer.Option(min=256, help="A multiple of 1024, or what TP allows.")] = 1024,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     collective_mib: Annotated[int, typer.Option(min=0, help="Size of the all_reduce alone; 0 for none.")] = 32,
-    seconds: Annotated[float, typer.Option(help="For each combination; at least 3 repetitions, at most 9.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="For each combination; at least 3 repetitions, at most 25.")] = 4.0,
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw TTFT against link speed into this PNG.")] = None,
     write: Annotated[Path | None, typer.Option(help="Replace the tables in this markdown file.")] = None,
@@ -200,7 +200,7 @@ def main(
                     collective_mib=collective_mib,
                     seconds=seconds,
                     fewest=3,
-                    most=9,
+                    most=25,
                     scratch=scratch,
                     out=str(Path(scratch) / f"{ranks}.json"),
                 )
