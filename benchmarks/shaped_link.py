@@ -88,6 +88,9 @@ class Link:
             "MASTER_PORT": str(PORT),
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "DS_ACCELERATOR": "cpu",
+            # Freed memory is kept, as GPUs' allocators do: page faults are otherwise over half of Megatron's prefill.
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": "8000000000",
             # Namespaces have no names to look up, which torch.distributed would warn of.
             "TORCH_CPP_LOG_LEVEL": "ERROR",
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.ranks)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +30,14 @@ from megacomp.launch import autotune, command, environment, files
 from megacomp.launch.autotune import GroupRanks, Message
 from megacomp.launch.distributed import process_group
 from megacomp.launch.engines import Engine
-from megacomp.launch.measure import measure
 from megacomp.patches import FRAMEWORKS
 from megacomp.tuning import Key, Plan, Tuning, plan
 
 CPU = torch.device("cpu")
 TUNING_ROWS = (8, 32, 128, 512, 2048)
 TUNING_REPEATS = 7
+FAST_MBIT = 1000.0
+"""From here on the large all_reduce is tuned too; on slower links that would take minutes and change little."""
 TUNED = dict.fromkeys(("min_bytes", "algorithm", "pipeline_chunks"), "tuned")
 
 
@@ -62,6 +64,11 @@ class Task:
     most: int
     scratch: str
     out: str
+
+    @property
+    def collective_rows(self) -> int:
+        """Rows of the large all_reduce, which is bf16."""
+        return self.collective_mib * 2**20 // (2 * self.hidden)
 
     def write(self, path: Path) -> None:
         files.write_json(path, asdict(self))
@@ -119,7 +126,10 @@ class PlainCollectives:
 def tune(task: Task, world_size: int, mbit: float) -> Path:
     """What `megacomp tune` finds at this rate for the messages of the model, as a file."""
     route = Route(codecs.get(task.codec))
-    sizes = [Message(rows, task.hidden, torch.bfloat16) for rows in TUNING_ROWS if rows <= max(task.prompts)]
+    rows = [rows for rows in TUNING_ROWS if rows <= max(task.prompts)]
+    if task.collective_mib and mbit >= FAST_MBIT:
+        rows.append(task.collective_rows)
+    sizes = [Message(count, task.hidden, torch.bfloat16) for count in rows]
     found = autotune.tune([route], sizes, GroupRanks(None, CPU), repeats=TUNING_REPEATS)
     path = Path(task.scratch) / f"tuning-{world_size}-{mbit:g}.json"
     key = Key.here(CPU, world_size)
@@ -130,13 +140,27 @@ def tune(task: Task, world_size: int, mbit: float) -> Path:
     return path
 
 
-def collective(task: Task) -> dict[str, Any]:
-    """One large all_reduce, plain and compressed."""
-    rows = task.collective_mib * 2**20 // (2 * task.hidden)
-    route = Route(codecs.get(task.codec))
-    once = measure(route, rows=rows, features=task.hidden, warmup=0, repeats=1)
-    pair = 1e-3 * (once["plain"]["median_ms"] + once["compressed"]["median_ms"])
-    return measure(route, rows=rows, features=task.hidden, warmup=0, repeats=repetitions(task, pair))
+def collective(task: Task, route: Route) -> dict[str, Any]:
+    """One large all_reduce, plain and by `route`, in turn; the same JSON-able dict on every rank."""
+    ranks = GroupRanks(None, CPU)
+    message = Message(task.collective_rows, task.hidden, torch.bfloat16)
+    times: dict[str, list[float]] = {"plain": [], "compressed": []}
+    wanted = task.fewest
+    while len(times["plain"]) < wanted:
+        times["plain"].append(ranks.seconds(message, None))
+        times["compressed"].append(ranks.seconds(message, route))
+        if len(times["plain"]) == 1:
+            wanted = repetitions(task, times["plain"][0] + times["compressed"][0])
+    plain, compressed = (1e3 * statistics.median(seconds) for seconds in times.values())
+    return {
+        "bytes": message.bytes,
+        "algorithm": route.algorithm,
+        "pipeline_chunks": route.pipeline_chunks,
+        "plain_ms": [1e3 * one for one in times["plain"]],
+        "compressed_ms": [1e3 * one for one in times["compressed"]],
+        "median_ms": {"plain": plain, "compressed": compressed},
+        "speedup": plain / compressed,
+    }
 
 
 def repetitions(task: Task, seconds: float) -> int:
@@ -233,7 +257,7 @@ def measure_all(task: Task, link: Link, log: Callable[[str], None]) -> dict[str,
         }
         if task.collective_mib:
             log(f"TP {world_size}, {mbit:g} Mbit/s: all_reduce of {task.collective_mib} MiB")
-            rates[mbit]["collective"] = collective(task)
+            rates[mbit]["collective"] = collective(task, plans[mbit].route_of(task.collective_mib * 2**20))
     for name in task.engines:
         with command.build_engine(Path(task.model), name, world_size, "bf16") as engine:
             for mbit in task.mbits:

@@ -91,8 +91,8 @@ def test_the_threshold_is_the_first_size_from_which_all_larger_ones_are_faster()
 
 
 def test_a_gain_within_the_noise_is_none() -> None:
-    assert plan(by_size(float, lambda size: 0.98 * size), route(), 2, algorithm=True, chunks=True).min_bytes == math.inf
-    assert plan(by_size(float, lambda size: 0.96 * size), route(), 2, algorithm=True, chunks=True).min_bytes == KIB
+    assert plan(by_size(float, lambda size: 0.92 * size), route(), 2, algorithm=True, chunks=True).min_bytes == math.inf
+    assert plan(by_size(float, lambda size: 0.88 * size), route(), 2, algorithm=True, chunks=True).min_bytes == KIB
 
 
 WAYS = times(

@@ -7,6 +7,7 @@ The wires of a chunk are uint8[peers, rows, row_bytes]; peer p fills the first c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -49,7 +50,8 @@ class PointToPointLink:
 
     All receives are posted before the first send: gloo then moves each message as soon as it is sent, on its
     own threads, where a send that finds no receive waits for one and halves the bandwidth of a slow link.
-    Sends start with the next rank, so that no rank is everyone's first target.
+    Sends start with the next rank, so that no rank is everyone's first target. Once a chunk is sent, a thread of gloo
+    that waits for this core gets it before the next is encoded: measured at 1 Gbit/s, 1 to 5 % of the whole time.
     """
 
     delivers_own = False
@@ -77,11 +79,13 @@ class PointToPointLink:
         own = wires[self._rank, : counts[self._rank]]
         for peer in self._global_ranks:
             self._send(chunk, own, peer)
+        os.sched_yield()
 
     def scatter(self, chunk: int, parts: torch.Tensor, counts: Sequence[int], wires: torch.Tensor) -> None:
         by_peer = parts.split(list(counts))
         for peer in self._global_ranks:
             self._send(chunk, by_peer[peer], peer)
+        os.sched_yield()
 
     def wait(self, chunk: int) -> None:
         for work in self._receives.pop(chunk):

@@ -18,9 +18,10 @@ ONE_SHOT_LIMIT_BYTES = 256 * 1024
 two cores: at 1 Gbit/s one-shot is the faster up to 136 KiB and the slower from 272 KiB, over loopback up to
 0.5 MiB and from 2 MiB."""
 
-CHUNK_BYTES = 1024 * 1024
-"""A wire gets one chunk per so many bytes. Measured with mxfp4 over gloo at 1 Gbit/s, two ranks and four: at
-0.5 MiB one or two chunks are the fastest, at 2 MiB two to four, at 8.5 MiB (32 MiB of bf16) four to eight."""
+CHUNK_BYTES = 512 * 1024
+"""A wire gets one chunk per so many bytes. Measured with mxfp4 over gloo at 1 Gbit/s, one-shot between two ranks and
+two-shot among four: at 0.5 MiB one or two chunks are the fastest, at 1 MiB four and two (one takes a fifth longer), at
+8.5 MiB (32 MiB of bf16) eight to sixteen and four to eight. `megacomp tune` finds what is best where it runs."""
 
 CUDA_CHUNK_BYTES = 8 * 1024 * 1024
 CUDA_MAX_CHUNKS = 4
@@ -29,7 +30,7 @@ some tens of microseconds, and 8 MiB take 20 us over the fastest NVLink, 400 us 
 of bf16 at 4 bits go whole, and what is beyond hides three quarters of its encoding and decoding at most."""
 
 MAX_CHUNKS = 8
-"""Sixteen chunks were slower than eight at every size measured: each costs its calls."""
+"""Each chunk costs its calls: beyond eight, two ranks gain a twentieth at 1 Gbit/s, four lose as much."""
 
 
 @dataclass(frozen=True)
