@@ -381,6 +381,8 @@ class Config(_Section):
             self.communication.resolve(rule).model_dump(mode="json") for rule in self.communication.rules
         ]
         for holder in (communication, *communication["rules"]):
+            if holder["codec"] is None or holder["algorithm"] == "one_shot":
+                holder["gather_codec"] = None  # inherited, perhaps, and without effect
             for key in ("codec", "gather_codec"):
                 holder[key] = _canonical_codec(holder[key])
         return document
@@ -459,8 +461,10 @@ def read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError([("", f"not valid JSON: {error.msg} at {where}")], name) from error
     except _RepeatedKey as error:
         raise ConfigError([("", f"the key {error.args[0]!r} occurs twice in the same object")], name) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8, numbers of thousands of digits
         raise ConfigError([("", f"cannot be read: {error}")], name) from error
+    except RecursionError:
+        raise ConfigError([("", "cannot be read: it is nested too deeply")], name) from None
     if not isinstance(document, dict):
         raise ConfigError([("", f"must hold an object, not {_shown(document)}")], name)
     return document
