@@ -470,7 +470,7 @@ def _measurements(path: Path, gpu: str) -> dict[tuple[str, str, str, int, str], 
         for entry in content["measurements"]:
             found = _parse(entry)
             groups.setdefault(found.key, []).append(found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         logger.warning("%s: ignored, no launch configurations: %s: %s", path, type(error).__name__, error)
         return {}
     return groups

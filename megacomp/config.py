@@ -32,7 +32,7 @@ from megacomp import codecs
 from megacomp.collectives import Algorithm, Collective
 from megacomp.gptq import Order
 
-__all__ = ["Communication", "Config", "ConfigError", "Layers", "Rule", "Telemetry", "Weights", "load", "read"]
+__all__ = ["Communication", "Config", "ConfigError", "Guard", "Layers", "Rule", "Telemetry", "Weights", "load", "read"]
 
 SECTION = "megacomp"
 _EXAMPLE = '"megacomp": {"communication": {"codec": "mxfp4"}}'
@@ -319,6 +319,22 @@ class Telemetry(_Section):
     """
 
 
+class Guard(_Section):
+    """The numerical guard: sites that turn out too noisy on live traffic are no longer compressed."""
+
+    every: Annotated[int, Field(ge=1)] = 100
+    """
+    Hold every this many compressed calls of a site against the exact result. Such a call costs one more collective,
+    uncompressed, in fp32, and waits for the device.
+    """
+
+    min_sqnr_db: Annotated[float, Field(allow_inf_nan=False)] = 15.0
+    """
+    A site whose sampled message has a ratio of signal to quantization noise below this, in dB, goes over to the
+    original collective, on all ranks from that message on.
+    """
+
+
 class Config(_Section):
     """The validated "megacomp" section."""
 
@@ -335,6 +351,11 @@ class Config(_Section):
     telemetry: Telemetry = Telemetry()
     """
     What is measured while running.
+    """
+
+    guard: Guard | None = None
+    """
+    The numerical guard; null for none.
     """
 
     backend: Backend = "auto"
@@ -360,6 +381,8 @@ class Config(_Section):
             self.communication.resolve(rule).model_dump(mode="json") for rule in self.communication.rules
         ]
         for holder in (communication, *communication["rules"]):
+            if holder["codec"] is None or holder["algorithm"] == "one_shot":
+                holder["gather_codec"] = None  # inherited, perhaps, and without effect
             for key in ("codec", "gather_codec"):
                 holder[key] = _canonical_codec(holder[key])
         return document
@@ -438,8 +461,10 @@ def read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError([("", f"not valid JSON: {error.msg} at {where}")], name) from error
     except _RepeatedKey as error:
         raise ConfigError([("", f"the key {error.args[0]!r} occurs twice in the same object")], name) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8, numbers of thousands of digits
         raise ConfigError([("", f"cannot be read: {error}")], name) from error
+    except RecursionError:
+        raise ConfigError([("", "cannot be read: it is nested too deeply")], name) from None
     if not isinstance(document, dict):
         raise ConfigError([("", f"must hold an object, not {_shown(document)}")], name)
     return document
@@ -507,6 +532,8 @@ def _explain(details: ErrorDetails) -> list[tuple[str, str]]:
             return [(path, f"must be a string or null, not {_shown(value)}")]
         case "string_too_short":
             return [(path, "must not be empty")]
+        case "float_type" | "finite_number":
+            return [(path, f"must be a finite number, not {_shown(value)}")]
         case "int_type":
             return [(path, f"must be an integer, not {_shown(value)}")]
         case "model_type":
@@ -522,6 +549,7 @@ _NESTED: Mapping[int | str, type[_Section]] = {
     "rules": Rule,
     "weights": Weights,
     "telemetry": Telemetry,
+    "guard": Guard,
 }
 
 

@@ -9,6 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from megacomp.agreement import agree, differences, statement
 from megacomp.collectives import SimulatedGroup
 from megacomp.collectives.message import as_matrix
 from megacomp.config import SECTION, ConfigError, load, read
+from megacomp.guard import Guard
 from megacomp.policy import Decline, Policy, Site
 from megacomp.telemetry import Telemetry
 
@@ -46,6 +48,17 @@ class _Visit(NamedTuple):
 # A context variable, not an attribute: threads and coroutines serving different requests are in different
 # layers at the same time.
 _visit: ContextVar[_Visit | None] = ContextVar("megacomp_visit", default=None)
+
+
+@dataclass
+class _Stream:
+    """The messages of one site within one group, whose ranks all hold the same of them.
+
+    compressed: how many were compressed. switched_off: whether the numerical guard lets no more of them be.
+    """
+
+    compressed: int = 0
+    switched_off: bool = False
 
 
 _COLLECTIVES: Mapping[str, Callable[[torch.Tensor, dist.ProcessGroup, Route], torch.Tensor]] = {
@@ -95,6 +108,9 @@ class Door:
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self.not_covered: dict[str, str] = {}
         self._sqnr_every = config.telemetry.sqnr_every
+        self._guard = Guard(config.guard)
+        # Not by site alone: one site may reduce over several groups, and not every rank is in all of them.
+        self._streams: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, _Stream]] = weakref.WeakKeyDictionary()
         # A tenth of the time, and prompts of a service come in a bounded variety of lengths.
         self._wire_bytes = lru_cache(maxsize=4096)(collectives.wire_bytes)
         self._agreed_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
@@ -198,8 +214,8 @@ class Door:
     ) -> torch.Tensor | None:
         """The result of `collective` on `tensor` [..., features] over `group`, compressed; or None: not ours.
 
-        None means that nothing was sent, but for what an observer is shown, and that the original collective is
-        to run; why is counted. `tensor` is never changed.
+        None means that the original collective is to run on every rank of the group; why is counted. Nothing was
+        sent then, but for what an observer or the numerical guard is shown. `tensor` is never changed.
 
         even: whether every rank is to get (reduce_scatter) or gives (all_gather) equally many rows.
 
@@ -233,6 +249,28 @@ class Door:
         if isinstance(outcome, Decline):
             self._decline(site, outcome, group)
             return None
+        stream = self._stream(site, group)
+        if stream.switched_off:
+            self._decline(site, Decline.GUARD, group)
+            return None
+        stream.compressed += 1
+        result = _COLLECTIVES[collective](tensor, group, outcome)
+        counters = self.telemetry.at(site)
+        sampled = _due(self._sqnr_every, stream)
+        # The host cannot wait for what is being captured in a CUDA graph.
+        guarded = _due(self._guard.every, stream) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        if sampled or guarded:
+            exact = _exact(collective, tensor, group)
+        if guarded and (verdict := self._guard.judge(exact, result, group)) is not None:
+            if _is_counted(group):
+                counters.guard = counters.guard.with_sample(*verdict)
+            if verdict.too_noisy is not None:
+                stream.switched_off = True
+                self._guard.warn(site.name, group, verdict.too_noisy)
+                self._decline(site, Decline.GUARD, group)
+                return None
+        if not _is_counted(group):
+            return result
         traffic = self._wire_bytes(
             outcome,
             rows,
@@ -242,17 +280,19 @@ class Door:
             world_size=world_size,
             collective=collective,
         )
-        counters = self.telemetry.at(site)
-        if _is_counted(group):
-            counters.count(outcome.codec.name, rows, traffic)
-        # Known now, for the counters may have moved on before another simulated rank's turn comes again.
-        sampled = self._sqnr_every and counters.calls % self._sqnr_every == 0
-        result = _COLLECTIVES[collective](tensor, group, outcome)
+        counters.count(outcome.codec.name, rows, traffic)
         if sampled:
-            exact = _exact(collective, tensor, group)
-            if _is_counted(group):
-                counters.sample(exact, result)
+            counters.sample(exact, result)
         return result
+
+    def _stream(self, site: Site, group: dist.ProcessGroup) -> _Stream:
+        streams = self._streams.get(group)
+        if streams is None:
+            streams = self._streams[group] = {}
+        stream = streams.get(site.name)
+        if stream is None:
+            stream = streams[site.name] = _Stream()
+        return stream
 
     def _observe(
         self,
@@ -277,6 +317,11 @@ class Door:
     def _decline(self, site: Site | None, reason: Decline, group: dist.ProcessGroup) -> None:
         if _is_counted(group):
             self.telemetry.decline(site, reason)
+
+
+def _due(every: int, stream: _Stream) -> bool:
+    """Whether the message just compressed is one in `every`; 0: none is."""
+    return every > 0 and stream.compressed % every == 0
 
 
 def _is_counted(group: dist.ProcessGroup) -> bool:

@@ -205,6 +205,7 @@ class Installation:
                     declined=dict(site.declined),
                     codec=", ".join(site.codecs) or None,
                     sqnr_db=site.sqnr_db,
+                    guard=site.guard,
                 )
                 for name, site in door.telemetry.sites.items()
             },

@@ -66,6 +66,7 @@ class Decline(Enum):
         "not_calibrated",
         "the calibration is not for such a message (site, ranks, hidden size, collective)",
     )
+    GUARD = "guard", "the numerical guard found its site too noisy and switched it off"
     UNKNOWN_LAYER = "unknown_layer", "a rule names layers and its layer is unknown; install with model=..."
 
     def __init__(self, key: str, why: str) -> None:

@@ -10,8 +10,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from megacomp.telemetry import GuardSamples
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["FrameworkReport", "Report", "SiteReport"]
 
@@ -40,6 +42,7 @@ class SiteReport:
     declined: messages left to the original collective, by reason.
     codec: the codecs used so far, separated by commas; None before the first call.
     sqnr_db: signal-to-quantization-noise ratio of the sampled calls in dB; None if nothing was sampled.
+    guard: what the numerical guard found, and whether it has switched the site off.
     """
 
     calls: int
@@ -50,6 +53,7 @@ class SiteReport:
     declined: Mapping[str, int]
     codec: str | None
     sqnr_db: float | None
+    guard: GuardSamples = field(default_factory=GuardSamples)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Report:
         for what, which in self.tuning.items():
             yield Text(f"tuning of {what}: {which}")
         yield self._sites_table()
+        yield from self._guard_lines()
         yield Text(f"left exact outside of these sites: {self.outside} messages")
         for name, why in self.not_covered.items():
             yield Text(f"not covered: {name}, {why}")
@@ -135,6 +140,16 @@ class Report:
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+    def _guard_lines(self) -> Iterator[Text]:
+        for name, site in self.sites.items():
+            if site.guard.samples:
+                last, lowest = (
+                    "-" if value is None else f"{value:.1f}"
+                    for value in (site.guard.last_sqnr_db, site.guard.lowest_sqnr_db)
+                )
+                off = f", switched off: {site.guard.switched_off}" if site.guard.switched_off else ""
+                yield Text(f"guard of {name}: {site.guard.samples} samples, last {last} dB, lowest {lowest} dB{off}")
 
     def _sites_table(self) -> Table:
         table = Table()

@@ -14,9 +14,43 @@ if TYPE_CHECKING:
     from megacomp.collectives import Traffic
     from megacomp.policy import Decline, Site
 
-__all__ = ["SiteCounters", "Telemetry"]
+__all__ = ["GuardSamples", "SiteCounters", "Telemetry", "energies", "sqnr_db"]
 
 _log = logging.getLogger("megacomp")
+
+
+def energies(exact: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """float64 [2]: the energy of an exact result (fp32) and of the difference of the compressed one from it."""
+    pair = (exact, result.float() - exact)
+    # float64, for squares of large activations leave the range of float32.
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in pair])
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10 of signal energy over noise energy; None without both."""
+    measured = 0 < signal < math.inf and 0 < noise < math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if measured else None
+
+
+@dataclass(frozen=True)
+class GuardSamples:
+    """What the numerical guard found at one site.
+
+    samples: messages it held against the exact result.
+    last_sqnr_db, lowest_sqnr_db: signal-to-quantization-noise ratio of the last of them, and of the worst; None where
+        there was none to measure (no noise, no signal, or a NaN).
+    switched_off: why the site is no longer compressed; None if it is.
+    """
+
+    samples: int = 0
+    last_sqnr_db: float | None = None
+    lowest_sqnr_db: float | None = None
+    switched_off: str | None = None
+
+    def with_sample(self, found: float | None, switched_off: str | None) -> GuardSamples:
+        """These and one more, of SQNR `found`."""
+        measured = [value for value in (self.lowest_sqnr_db, found) if value is not None]
+        return GuardSamples(self.samples + 1, found, min(measured, default=None), switched_off or self.switched_off)
 
 
 @dataclass
@@ -29,6 +63,7 @@ class SiteCounters:
     plain_bytes: bytes it would have sent by the same algorithm uncompressed, in the tensor's dtype.
     declined: messages left to the original collective, by reason.
     codecs: names of the codecs used, with the calls of each.
+    guard: what the numerical guard found.
     """
 
     calls: int = 0
@@ -37,7 +72,8 @@ class SiteCounters:
     plain_bytes: int = 0
     declined: Counter[str] = field(default_factory=Counter)
     codecs: Counter[str] = field(default_factory=Counter)
-    # fp32 [2] on the device of the tensors: energy of the exact results and of the differences. Kept there,
+    guard: GuardSamples = field(default_factory=GuardSamples)
+    # float64 [2] on the device of the tensors: energy of the exact results and of the differences. Kept there,
     # for reading a value at every sampled call would make the host wait for the device.
     _energies: torch.Tensor | None = None
 
@@ -59,15 +95,12 @@ class SiteCounters:
         """10 log10 of signal energy over noise energy of all sampled calls; None without both."""
         if self._energies is None:
             return None
-        signal, noise = self._energies.tolist()
-        measured = 0 < signal < math.inf and 0 < noise < math.inf
-        return 10 * math.log10(signal / noise) if measured else None
+        return sqnr_db(*self._energies.tolist())
 
     def sample(self, exact: torch.Tensor, result: torch.Tensor) -> None:
         """Add the energies of an exact result (fp32) and of the compressed one's difference from it."""
-        noise = result.float() - exact
-        energies = torch.stack([exact.square().sum(), noise.square().sum()])
-        self._energies = energies if self._energies is None else self._energies + energies
+        found = energies(exact, result)
+        self._energies = found if self._energies is None else self._energies + found
 
 
 class Telemetry:

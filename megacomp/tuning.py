@@ -177,8 +177,8 @@ class Tuning(_Part):
             ) from None
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise TuningError(f"{path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a path with a NUL in it is a ValueError
+            raise TuningError(f"{str(path)!r} cannot be read: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of the file, JSON-able."""

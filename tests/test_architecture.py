@@ -34,6 +34,7 @@ FLOORS = {
     "megacomp.policy": 3,
     "megacomp.agreement": 3,
     "megacomp.telemetry": 3,
+    "megacomp.guard": 3,
     "megacomp.door": 3,
     "megacomp.patches": 4,
     "megacomp.report": 5,

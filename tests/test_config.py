@@ -79,6 +79,13 @@ def test_every_backend_of_the_kernels_can_be_configured(name: str) -> None:
     assert get_args(Backend) == kernels.BACKENDS
 
 
+def test_there_is_a_guard_only_if_there_is_one_in_the_section() -> None:
+    assert load({"megacomp": {}})[0].guard is None
+    short, explicit = ({"megacomp": {"guard": guard}} for guard in ({}, {"every": 100, "min_sqnr_db": 15}))
+    assert load(short)[0].canonical() == load(explicit)[0].canonical()
+    assert load(short)[0].canonical()["guard"] == {"every": 100, "min_sqnr_db": 15.0}
+
+
 def test_sections_that_mean_the_same_have_one_digest() -> None:
     short = communication(codec="mxfp4", rules=[{"layers": "0", "codec": "int8"}])
     explicit = communication(
@@ -219,6 +226,11 @@ def test_rules_inherit_what_they_leave_open() -> None:
         ({"weights": {"checkpoint": ""}}, "megacomp.weights.checkpoint", ["must not be empty"]),
         ({"weights": {"order": "naive"}}, "megacomp.weights.order", ['"naive"', "'tp_aware'"]),
         ({"telemetry": {"sqnr_every": "often"}}, "megacomp.telemetry.sqnr_every", ["integer", '"often"']),
+        ({"guard": True}, "megacomp.guard", ["object", "true"]),
+        ({"guard": {"every": 0}}, "megacomp.guard.every", ["at least 1", "0"]),
+        ({"guard": {"min_sqnr": 15}}, "megacomp.guard.min_sqnr", ["did you mean 'min_sqnr_db'"]),
+        ({"guard": {"min_sqnr_db": "15"}}, "megacomp.guard.min_sqnr_db", ["finite number", '"15"']),
+        ({"guard": {"min_sqnr_db": float("inf")}}, "megacomp.guard.min_sqnr_db", ["finite number", "Infinity"]),
         ({"backend": "cuda"}, "megacomp.backend", ['"cuda"', "'compiled'"]),
     ],
 )

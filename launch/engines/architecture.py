@@ -90,7 +90,7 @@ class Architecture:
             raise LaunchError(f"{model} holds no config.json: it is no Hugging Face model folder")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise LaunchError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise LaunchError(f"{path} must hold a JSON object, not {type(raw).__name__}")

@@ -78,7 +78,7 @@ def build(
     if quantized is None:
         with _no_progress_bar():
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, config=hf_config, local_files_only=True, **_dtype(dtype)
+                folder, config=hf_config, local_files_only=True, use_safetensors=True, **_dtype(dtype)
             ).eval()
     else:
         model = _without_linears(folder, architecture, hf_config, dtype, quantized.linears).eval()

@@ -16,7 +16,6 @@ Two families, which store the same numbers in different places (W is [in, out] h
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,15 +24,17 @@ from typing import Any, Literal
 
 import torch
 
-from megacomp.gptq.tensor_files import CheckpointError, TensorFiles
+from megacomp.gptq.tensor_files import CheckpointError, TensorFiles, read_json
 from megacomp.kernels.grouped_weight import WORD_BITS, unpack_codes
 
 __all__ = ["GPTQCheckpoint", "Quantization", "Scheme", "read_quantization"]
 
 Format = Literal["gptq", "gptq_v2", "pack-quantized"]
 
-_FLOATS = ("F32", "BF16", "F16")
+FLOATS = ("F32", "BF16", "F16")
 _WIDTHS = (4, 8)
+_MAX_GROUP_SIZE = 2**24
+_PATTERN_LENGTH, _CHOICES = 512, 6
 _CODES = {"gptq": "qweight", "gptq_v2": "qweight", "pack-quantized": "weight_packed"}
 
 
@@ -76,10 +77,13 @@ def read_quantization(folder: Path) -> Quantization | None:
     Raises CheckpointError for a format or a setting that is not supported, naming the file and the key.
     """
     path = folder / "quantize_config.json"
-    raw = _read_json(path)
+    raw = read_json(path) if path.is_file() else None
     if raw is None:
         path = folder / "config.json"
-        raw = (_read_json(path) or {}).get("quantization_config")
+        config = read_json(path) if path.is_file() else {}
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path} holds no object")
+        raw = config.get("quantization_config")
     if raw is None:
         return None
     try:
@@ -93,15 +97,8 @@ def read_quantization(folder: Path) -> Quantization | None:
         raise CheckpointError(f"quant_method is {method!r}; supported are 'gptq' and 'compressed-tensors'")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except (AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: quantization settings are damaged: {error}") from None
 
 
 def _gptq(raw: dict[str, Any]) -> Quantization:
@@ -122,7 +119,11 @@ def _gptq(raw: dict[str, Any]) -> Quantization:
 
     # GPTQModel's per-module settings: "-:" leaves modules out, "+:" or nothing changes what they state.
     dynamic = raw.get("dynamic") or {}
-    rules = [(key.removeprefix("+:"), scheme({**raw, **value})) for key, value in dynamic.items() if key[:2] != "-:"]
+    rules = [
+        (_pattern(key.removeprefix("+:")), scheme({**raw, **value}))
+        for key, value in dynamic.items()
+        if key[:2] != "-:"
+    ]
     return Quantization(layout, scheme(raw), tuple(rules))
 
 
@@ -152,24 +153,48 @@ def _compressed_tensors(raw: dict[str, Any]) -> Quantization:
             if target == "Linear":
                 default = scheme
             else:
-                rules.append(
-                    (target.removeprefix("re:") if target.startswith("re:") else f"{re.escape(target)}$", scheme)
-                )
+                exact = not target.startswith("re:")
+                rules.append((f"{re.escape(target)}$" if exact else _pattern(target.removeprefix("re:")), scheme))
     if default is None and not rules:
         raise CheckpointError("config_groups: no group of weights with targets")
     return Quantization("pack-quantized", default, tuple(rules))
 
 
+def _pattern(text: str) -> str:
+    """`text`, a regular expression of module names. Raises CheckpointError if it is none, or could take forever.
+
+    Python tries every way to match: with each choice within the pattern their number multiplies, and where a group is
+    repeated it doubles with every character of a name.
+    """
+    few = len(text) <= _PATTERN_LENGTH
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", text, flags=re.DOTALL) if few else ""
+    choices = len(re.findall(r"(?<!\()(?:[*+?]|\{[^}]*\})[?+]?", bare)) + (bare.count("(") + 1) * ("|" in bare)
+    if not few or choices > _CHOICES or re.search(r"\)[*+{]", bare):
+        raise CheckpointError(
+            f"the pattern {text[:80]!r} is not supported: allowed are {_PATTERN_LENGTH} characters and "
+            f"{_CHOICES} choices (repetitions, optional parts, groups with alternatives), and no repetition of a group"
+        )
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"the pattern {text[:80]!r} is no regular expression: {error}") from None
+    return text
+
+
 def _bits(settings: Mapping[str, Any], key: str, where: str = "") -> int:
     value = settings.get(key)
-    if value not in _WIDTHS:
+    if type(value) is not int or value not in _WIDTHS:
         raise CheckpointError(f"{where}{'.weights.' if where else ''}{key} is {value!r}; supported are 4 and 8")
     return value
 
 
 def _group_size(settings: Mapping[str, Any], key: str, where: str = "") -> int:
     value = settings.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or (value != -1 and (value < 8 or value % 8)):
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or (value != -1 and (value < 8 or value % 8 or value > _MAX_GROUP_SIZE))
+    ):
         path = f"{where}{'.weights.' if where else ''}{key}"
         raise CheckpointError(f"{path} is {value!r}; supported are multiples of 8, and -1: one group")
     return value
@@ -241,10 +266,10 @@ class GPTQCheckpoint:
                 raise CheckpointError(f"{name}: {in_features} x {out_features} does not fill words of {per_word} codes")
             self._require(f"{name}.qweight", (in_features // per_word, out_features), ("I32",))
             self._require(f"{name}.qzeros", (groups, out_features // per_word), ("I32",))
-            self._require(f"{name}.scales", (groups, out_features), _FLOATS)
+            self._require(f"{name}.scales", (groups, out_features), FLOATS)
         else:
             self._require(f"{name}.weight_packed", (out_features, -(-in_features // per_word)), ("I32",))
-            self._require(f"{name}.weight_scale", (out_features, groups), _FLOATS)
+            self._require(f"{name}.weight_scale", (out_features, groups), FLOATS)
             if f"{name}.weight_shape" in self.files:
                 found = tuple(self._whole(f"{name}.weight_shape").tolist())
                 if found != (out_features, in_features):
@@ -258,7 +283,7 @@ class GPTQCheckpoint:
         elif scheme.ordered:
             self._missing(g_idx)
         if f"{name}.bias" in self.files:
-            self._require(f"{name}.bias", (out_features,), _FLOATS)
+            self._require(f"{name}.bias", (out_features,), FLOATS)
 
     def _check_zero_points(self, tensor: str, out_features: int, groups: int, per_word: int) -> None:
         if tensor not in self.files:

@@ -6,20 +6,19 @@ o and down by input features. Down decides the order in which gate and up hold t
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from megacomp.gptq import ordering
-from megacomp.gptq.checkpoint import GPTQCheckpoint, read_quantization
-from megacomp.gptq.tensor_files import CheckpointError, TensorFiles
+from megacomp.gptq.checkpoint import FLOATS, GPTQCheckpoint, read_quantization
+from megacomp.gptq.tensor_files import CheckpointError, TensorFiles, named_file, read_json
 from megacomp.kernels.grouped_weight import WORD_BITS, GroupedWeight
 
 __all__ = [
@@ -205,12 +204,12 @@ class ConvertedShards(Shards):
     def __init__(self, folder: Path, rank: int, ranks: int) -> None:
         self.folder, self.rank, self.ranks = folder, rank, ranks
         path = folder / CONVERTED_INDEX
+        index = read_json(path)
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            self._linears: dict[str, dict[str, Any]] = index["linears"]
-            self.order = index["order"]
-            version, converted_for, names = index["version"], index["ranks"], index["files"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            version, converted_for = index["version"], index["ranks"]
+            self.order, names = index["order"], list(index["files"])
+            self._linears: dict[str, dict[str, Any]] = dict(index["linears"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not an index that `megacomp convert` writes: {error!r}") from None
         if version != CONVERTED_VERSION:
             raise CheckpointError(f"{path}: version {version!r} is not supported; convert the checkpoint again")
@@ -218,11 +217,15 @@ class ConvertedShards(Shards):
             raise CheckpointError(
                 f"{folder} was converted for a tensor-parallel size of {converted_for}, not {ranks}; convert it again"
             )
-        if not (folder / names[rank]).is_file():
-            raise CheckpointError(f"{folder}: {CONVERTED_INDEX} names {names[rank]}, which is missing")
+        if len(names) != ranks:
+            raise CheckpointError(f"{path} names {len(names)} files for {ranks} ranks")
+        for name, linear in self._linears.items():
+            if not _is_converted(linear):
+                raise CheckpointError(f"{path}: what it says of {name!r} is damaged: {str(linear)[:80]}")
+        own = named_file(path, names[rank])
         self._files = TensorFiles(folder)
         try:
-            self._own = TensorFiles(folder, [folder / names[rank]])
+            self._own = TensorFiles(folder, [own])
         except CheckpointError:
             self._files.close()
             raise
@@ -259,28 +262,34 @@ class ConvertedShards(Shards):
         for tensor in (f"{name}.codes", f"{name}.scales"):
             if tensor not in own:
                 raise CheckpointError(f"{self.folder}: the weights lack {tensor}")
-        (words, _), groups = own.header(f"{name}.codes")[0], own.header(f"{name}.scales")[0][0]
+            if len(own.header(tensor)[0]) != 2 or 0 in own.header(tensor)[0]:
+                raise CheckpointError(
+                    f"{self.folder}: {tensor} has shape {list(own.header(tensor)[0])}, not of a matrix"
+                )
+        words, groups = own.header(f"{name}.codes")[0][0], own.header(f"{name}.scales")[0][0]
         irregular = f"{name}.word_groups" in own
         if words * per_word < in_features or (not irregular and words % groups):
             raise CheckpointError(f"{self.folder}: {name}.codes has {words} words for {in_features} features")
-        expected = {
-            "codes": ((words, out_features), "I32"),
-            "scales": ((groups, out_features), None),
-            "zeros": ((groups, out_features), "U8"),
-            "word_groups": ((words,), "I32"),
-            "input_index": ((words * per_word,), "I32"),
-            "bias": ((out_features,), None),
+        expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+            "codes": ((words, out_features), ("I32",)),
+            "scales": ((groups, out_features), FLOATS),
+            "zeros": ((groups, out_features), ("U8",)),
+            "word_groups": ((words,), ("I32",)),
+            "input_index": ((words * per_word,), ("I32",)),
+            "bias": ((out_features,), FLOATS),
         }
-        for kind, (shape, dtype) in expected.items():
+        for kind, (shape, dtypes) in expected.items():
             tensor = f"{name}.{kind}"
-            if tensor in own and (own.header(tensor)[0] != shape or dtype not in (None, own.header(tensor)[1])):
-                found, found_dtype = own.header(tensor)
-                wanted = f"{dtype or 'floats'} {list(shape)}"
-                raise CheckpointError(f"{self.folder}: {tensor} is {found_dtype} {list(found)}, expected {wanted}")
+            if tensor in own and (own.header(tensor)[0] != shape or own.header(tensor)[1] not in dtypes):
+                found, dtype = own.header(tensor)
+                wanted = f"{', '.join(dtypes)} {list(shape)}"
+                raise CheckpointError(f"{self.folder}: {tensor} is {dtype} {list(found)}, expected {wanted}")
         for kind, limit in (("word_groups", groups), ("input_index", in_features)):
             indices = self._optional(f"{name}.{kind}")
             if indices is not None and not bool(((indices >= 0) & (indices < limit)).all()):
                 raise CheckpointError(f"{self.folder}: {name}.{kind} is out of range: there are {limit}")
+            if indices is not None and kind == "word_groups" and bool((indices.diff() < 0).any()):
+                raise CheckpointError(f"{self.folder}: {name}.{kind} is not in ascending order")
 
     def read(self, name: str) -> LinearShard:
         settings = self._linears[name]
@@ -301,6 +310,13 @@ class ConvertedShards(Shards):
     def close(self) -> None:
         self._files.close()
         self._own.close()
+
+
+def _is_converted(linear: object) -> bool:
+    """Whether this is what the index of a converted folder says of a linear."""
+    if not isinstance(linear, dict) or linear.get("bits") not in (4, 8) or linear.get("order") not in get_args(Order):
+        return False
+    return all(type(linear.get(key)) is int for key in ("bits", "in_features", "out_features"))
 
 
 def rank_file(rank: int, ranks: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["CheckpointError", "TensorFiles"]
+__all__ = ["CheckpointError", "TensorFiles", "read_json"]
 
 Files = TypeVar("Files", bound="TensorFiles")
 
@@ -73,7 +73,10 @@ class TensorFiles:
     def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> torch.Tensor:
         """A tensor, or its part in `rows` (first dimension) and `columns` (second), in its own dtype."""
         part = self._handles[name].get_slice(name)
-        return part[rows] if columns == _ALL else part[rows, columns]
+        try:
+            return part[rows] if columns == _ALL else part[rows, columns]
+        except (SafetensorError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -94,27 +97,44 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds no weights: neither {_SINGLE} nor {_INDEX}{hint}")
     index = indices[0]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} is not an index: it needs an object weight_map") from None
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(f"{folder}: {index.name} names {absent[0]}, which is missing")
-    return [folder / name for name in names]
+    return [named_file(index, name) for name in names]
+
+
+def named_file(index: Path, name: object) -> Path:
+    """The file beside `index` that it calls `name`. Raises CheckpointError: it is missing, or elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{index} names {name!r}, which is no name of a file beside it")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index.parent}: {index.name} names {name!r}, which is missing")
+    return index.parent / name
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file. Raises CheckpointError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is not valid JSON: it is nested too deeply") from None
 
 
 def _damage(path: Path) -> str | None:
     """Which tensor of a file that cannot be opened is cut off, in words; None if that is not what is wrong."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            tensors = json.loads(file.read(length))
+            # No more is asked for than there is: a buffer of that size comes first.
+            tensors = json.loads(file.read(min(length, size)))
         tensors.pop("__metadata__", None)
         first, end = min(
             ((name, 8 + length + entry["data_offsets"][1]) for name, entry in tensors.items()),
-            key=lambda tensor: (tensor[1] <= path.stat().st_size, tensor[1]),
+            key=lambda tensor: (tensor[1] <= size, tensor[1]),
         )
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, MemoryError):
+    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    size = path.stat().st_size
     return None if end <= size else f"{path.name} ends within {first}: it has {size:,} bytes of at least {end:,}"

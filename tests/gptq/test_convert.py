@@ -169,7 +169,7 @@ def test_damaged_conversions_are_refused(checkpoint: Path, tmp_path: Path, damag
         message = f"{name} is out of range"
     elif damage == "rank":
         own.unlink()
-        message = "names rank-00-of-01.safetensors, which is missing"
+        message = "names .rank-00-of-01.safetensors., which is missing"
     elif damage == "broken":
         index.write_text("{}")
         message = "is not an index that `megacomp convert` writes"

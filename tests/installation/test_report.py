@@ -12,7 +12,7 @@ import torch
 from megacomp.collectives import Traffic
 from megacomp.policy import Decline, Site
 from megacomp.report import FrameworkReport, Report, SiteReport
-from megacomp.telemetry import Telemetry
+from megacomp.telemetry import GuardSamples, Telemetry
 
 ATTENTION = Site("layers.0.attention", "attention", 0, 1)
 MLP = Site("layers.0.mlp", "mlp", 0, 1)
@@ -36,7 +36,15 @@ REPORT = Report(
         "layers.0.attention": site(
             calls=2, rows=2048, bytes_sent=1000, plain_bytes=3760, ratio=3.76, codec="mxfp4", sqnr_db=19.14
         ),
-        "layers.0.mlp": site(calls=1, rows=1024, bytes_sent=500, plain_bytes=1880, ratio=3.76, declined={"exact": 3}),
+        "layers.0.mlp": site(
+            calls=1,
+            rows=1024,
+            bytes_sent=500,
+            plain_bytes=1880,
+            ratio=3.76,
+            declined={"exact": 3},
+            guard=GuardSamples(2, 3.25, 3.25, "SQNR 3.2 dB, the bound is 15 dB"),
+        ),
     },
     outside=7,
     not_covered={"decoder.layers.1.mlp.linear_fc2": "TERowParallelLinear: Transformer Engine reduces by itself"},
@@ -59,6 +67,13 @@ def test_the_dict_is_json_with_everything_in_it() -> None:
         "declined": {},
         "codec": "mxfp4",
         "sqnr_db": 19.14,
+        "guard": {"samples": 0, "last_sqnr_db": None, "lowest_sqnr_db": None, "switched_off": None},
+    }
+    assert document["sites"]["layers.0.mlp"]["guard"] == {
+        "samples": 2,
+        "last_sqnr_db": 3.25,
+        "lowest_sqnr_db": 3.25,
+        "switched_off": "SQNR 3.2 dB, the bound is 15 dB",
     }
     assert document["frameworks"][0]["patches"] == ["megatron.core.tensor_parallel.mappings._reduce"]
     assert document["total"] == {
@@ -83,6 +98,7 @@ def test_the_text_shows_what_was_patched_sent_and_declined() -> None:
         "mxfp4",
         "3 x exact",
         "7 messages",
+        "guard of layers.0.mlp: 2 samples, last 3.2 dB, lowest 3.2 dB, switched off: SQNR 3.2 dB, the bound is 15 dB",
         "TERowParallelLinear",
     ):
         assert part in text

@@ -377,6 +377,32 @@ def test_sampled_noise_is_that_of_the_codec(ranks: RankPool) -> None:
     assert all(38 < sqnr < 50 for sqnr in gathered["then"])
 
 
+def _guarded(min_sqnr_db: float, sequence_parallel: bool) -> dict[str, Any]:
+    config = section(collectives=["all_reduce", "reduce_scatter"])
+    config["megacomp"]["guard"] = {"every": 1, "min_sqnr_db": min_sqnr_db}
+    with megatron_gpt(sequence_parallel=sequence_parallel) as model, torch.no_grad():
+        exact = megatron_logits(model, tokens())
+        with megacomp.install(config, model=model) as installation:
+            logits = [megatron_logits(model, tokens()) for _ in range(2)]
+    return {
+        "equal": [torch.equal(exact, each) for each in logits],
+        "sites": [(site.calls, dict(site.declined), site.guard) for site in installation.report().sites.values()],
+    }
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_guarded_model_is_compressed_or_the_plain_one(ranks: RankPool, sequence_parallel: bool) -> None:
+    for found in ranks.run(_guarded, 30, sequence_parallel):
+        assert found["equal"] == [False, False]
+        assert all((calls, declined) == (2, {}) for calls, declined, _ in found["sites"])
+        assert all(38 < guard.lowest_sqnr_db < 50 and not guard.switched_off for *_, guard in found["sites"])
+    for found in ranks.run(_guarded, 60, sequence_parallel):
+        assert found["equal"] == [True, True]
+        assert all(
+            (calls, declined, guard.samples) == (0, {"guard": 2}, 1) for calls, declined, guard in found["sites"]
+        )
+
+
 def _experts(model_settings: dict[str, Any]) -> dict[str, Any]:
     """A mixture of experts: its layers by themselves, and the model around them."""
     experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": HIDDEN}
