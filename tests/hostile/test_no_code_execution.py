@@ -17,8 +17,10 @@ LOADERS = {("torch", "load"), ("torch", "hub"), ("torch", "package")}
 ARGUMENTS = {"trust_remote_code", "allow_pickle", "shell"}
 BETWEEN_RANKS = {
     "megacomp/agreement.py": {"all_gather_object"},
-    "launch/calibration.py": {"all_gather_object", "broadcast_object_list"},
+    "launch/calibration.py": {"all_gather_object"},
+    "launch/distributed.py": {"broadcast_object_list"},
     "launch/harness.py": {"all_gather_object"},
+    "launch/inspection.py": {"all_gather_object"},
     "launch/tune.py": {"all_gather_object", "broadcast_object_list"},
 }
 """torch.distributed pickles these; docs/security.md says what that means."""
