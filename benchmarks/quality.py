@@ -22,6 +22,7 @@ import typer
 from benchmarks.markdown import replace_table
 from examples.demo_lm.corpus import held_out_text
 from megacomp import codecs
+from megacomp.config import Config
 from megacomp.launch import engines, environment, files, text
 from megacomp.launch.engines.checkpoint import model_digest
 from megacomp.launch.errors import LaunchError
@@ -75,6 +76,7 @@ def choices(features: int) -> list[codecs.Codec]:
     """The codecs that are compared, as far as a rotation divides the rows."""
     rotation = next(size for size in (128, 64, 32) if features % size == 0)
     specs: list[str | dict[str, Any]] = [
+        {"preset": "static4", "bits": 2},
         {"preset": "static4", "bits": 3},
         "static4_paper",
         "static4",
@@ -89,13 +91,15 @@ def choices(features: int) -> list[codecs.Codec]:
 
 
 def measure(folder: Path, tokens: torch.Tensor, tp: int) -> Search:
-    """One model over `tp` simulated ranks."""
+    """One model over `tp` simulated ranks, every codec by the same algorithm, whatever its wires' size."""
+    base = Config.model_validate({"communication": {"algorithm": "one_shot" if tp == 2 else "two_shot"}})
     with (
         tempfile.TemporaryDirectory() as out,
         engines.build(folder, ENGINE, tp=tp, dtype=torch.float32, simulate=True) as engine,
     ):
         tried = choices(engine.architecture.hidden_size)
-        return search(engine, tokens, tried, BUDGET, model_digest(folder), Path(out) / "section.json", batch_size=16)
+        section = Path(out) / "section.json"
+        return search(engine, tokens, tried, BUDGET, model_digest(folder), section, base=base, batch_size=16)
 
 
 def table(found: Sequence[tuple[str, Search]]) -> str:

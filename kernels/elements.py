@@ -33,6 +33,12 @@ def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def _lesser(code: torch.Tensor, other: torch.Tensor | float) -> torch.Tensor:
+    """The minimum of two codes, exactly. A CPU takes three instructions for it; for minimum, which passes NaN on, four
+    and for clamp eight."""
+    return other - torch.relu(other - code)
+
+
 @dataclass(frozen=True)
 class FloatElement(Packed):
     """A minifloat: sign, ``exponent_bits``, ``mantissa_bits``, subnormals, no code wasted on Inf.
@@ -115,7 +121,7 @@ class FloatElement(Packed):
             # The code as a function of |y| is concave and piecewise linear, so it is the least of its pieces; a
             # piece rounded by itself rounds exactly where its binade does.
             code = reduce(
-                torch.minimum,
+                _lesser,
                 (torch.round(_times(magnitude, 1 / step)) + first for step, first in self.binades),
             )
         return code + torch.where(y < 0, float(self.sign_code), 0.0)
@@ -124,14 +130,13 @@ class FloatElement(Packed):
         """Values (float32) of ``codes``; exact."""
         if self.native is not None:
             return codes.to(torch.uint8).view(self.native).to(torch.float32)
-        negative = codes >= self.sign_code
-        code = torch.where(negative, codes - self.sign_code, codes)
-        # The inverse curve is convex: the greatest of its pieces.
-        magnitude = reduce(
-            torch.maximum,
-            (_times(code - first if first else code, step) for step, first in self.binades),
-        )
-        return torch.where(negative, -magnitude, magnitude)
+        negative = torch.floor(codes * (1 / self.sign_code))
+        code = codes - negative * self.sign_code
+        # The inverse curve bends upwards where a binade begins, which doubles the step.
+        magnitude = _times(code, self.binades[0][0])
+        for step, first in self.binades[1:]:
+            magnitude = magnitude + _times(torch.relu(code - (first + 2.0**self.mantissa_bits)), step / 2)
+        return magnitude * (1 - 2 * negative)
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,9 @@ class IntElement(Packed):
 
     def quantize(self, y: torch.Tensor) -> torch.Tensor:
         """Codes of ``y`` (float32, any shape), rounded to nearest, ties to even, saturating."""
-        lowest = -self.zero_code + (1.0 if self.symmetric_range else 0.0)
-        return torch.round(_times(y, 1 / self.top_step)).clamp(lowest, self.zero_code - 1) + self.zero_code
+        lowest, highest = float(self.symmetric_range), 2.0**self.bits - 1
+        above = torch.relu(torch.round(_times(y, 1 / self.top_step)) + (self.zero_code - lowest))
+        return _lesser(above + lowest if lowest else above, highest)
 
     def dequantize(self, codes: torch.Tensor) -> torch.Tensor:
         """Values (float32) of ``codes``; exact."""

@@ -83,8 +83,12 @@ def encode_definition(format: BlockFormat, x: torch.Tensor, fields: WireFields) 
     if format.rotation:
         values = hadamard(values, format.rotation)
     values = values.view(rows, -1, format.block_size)
-    highest, lowest = values.amax(-1), values.amin(-1)
-    amax = torch.maximum(highest, -lowest).abs()
+    if element.integer and not scale.power_of_two:
+        highest, lowest = values.amax(-1), values.amin(-1)
+        amax = torch.maximum(highest, -lowest).abs()
+    else:  # signs do not matter, and reducing within a block is what costs most
+        amax = values.abs().amax(-1)
+        highest, lowest = amax, -amax
     finite = amax < torch.inf
     amax, highest, lowest = (torch.where(finite, extreme, 0.0) for extreme in (amax, highest, lowest))
     values = torch.where(values.abs() < torch.inf, values, 0.0)

@@ -19,11 +19,12 @@ from megacomp.kernels.tiles import clear_bytes, widen
 
 __all__ = [
     "load_row",
+    "measure_rows_definition",
     "pad_features",
+    "quantize_rows_definition",
     "row_exists",
     "rows_per_program",
     "static_encode",
-    "static_encode_definition",
     "warps_of",
 ]
 
@@ -59,55 +60,82 @@ def static_encode(
     format.clear_padding(wire, features)
     layout = format.layout(features)
     finite = torch.empty(rows, 1, dtype=torch.bool, device=x.device)
-    own = [
-        pad_features(table[rank], format, layout, fill).expand(rows, -1)
+    scale, offset, weight = (
+        [] if table is None else [pad_features(table[rank], format, layout, fill).expand(rows, -1)]
         for table, fill in ((tables.scale, 1.0), (tables.offset, 0.0), (tables.weight, 0.0))
-        if table is not None
-    ]
+    )
     padded = pad_features(x.contiguous(), format, layout, 0.0)
     row_scales = [] if fields.row_scales is None else [fields.row_scales]
+    reciprocals = [torch.empty(rows, 1, device=x.device) for _ in row_scales]
+    measuring = padded, finite, weight, row_scales, reciprocals
+    quantizing = padded, finite, reciprocals, *scale, offset, fields.planes
     if resolved == "compiled":
-        run_compiled(static_encode_definition, format, features, padded, finite, own, fields.planes, row_scales)
+        # By themselves: in one loop with 16-bit integers a compiler would not vectorize the steps.
+        run_compiled(measure_rows_definition, format, features, *measuring)
+        run_compiled(quantize_rows_definition, format, features, *quantizing)
     else:
-        static_encode_definition(format, padded, finite, own, fields.planes, row_scales)
+        measure_rows_definition(format, *measuring)
+        quantize_rows_definition(format, *quantizing)
     if layout.outliers:
         _write_outliers(format, layout, x, finite, tables.kept, fields)
 
 
-def static_encode_definition(
+def measure_rows_definition(
     format: StaticFormat,
     x: torch.Tensor,
     finite: torch.Tensor,
-    tables: Sequence[torch.Tensor],
-    planes: Sequence[torch.Tensor],
+    weight: Sequence[torch.Tensor],
     row_scales: Sequence[torch.Tensor],
+    reciprocals: Sequence[torch.Tensor],
 ) -> None:
-    """The definition of static_encode, outliers aside, in PyTorch; what every backend equals bit for bit.
+    """The first half of the definition of static_encode, in PyTorch; what every backend equals bit for bit.
 
-    1. Take a row that is not finite for zeros. 2. Multiply by the reciprocal of the row scale, if there is one: the
-    largest weighted magnitude of the row, in BF16; NaN if the row is not finite. 3. Subtract the offset, divide by the
-    scale (arXiv 2411.07942: q = clamp(round(x / s))), round, pack.
+    The row scale, if there is one, is the largest weighted magnitude of the row, in BF16; NaN if the row is not finite.
 
     Args:
         format: the format.
         x: bf16, fp16 or fp32 ``[rows, padded features]``, contiguous.
         finite: bool ``[rows, 1]``, written: no NaN or Inf in the row.
-        tables: this rank's scale, offset if asymmetric, and weight if there are row scales, float32, of x's shape.
-        planes: the planes of codes, written.
-        row_scales: the bits of the row scales, written; none if there are none.
+        weight: this rank's, float32, of x's shape; here and below none if there are no row scales.
+        row_scales: the bits of the row scales, written.
+        reciprocals: float32 ``[rows, 1]``, written: what values are multiplied by.
     """
-    scale, *others = tables
     values = x.to(torch.float32)
     is_finite = values.abs().amax(-1, keepdim=True) < torch.inf
     finite.copy_(is_finite)
-    values = torch.where(is_finite, values, 0.0)
     if format.row_scale:
-        largest = (values.abs() * others[-1]).amax(-1, keepdim=True)
+        largest = (torch.where(is_finite, values, 0.0).abs() * weight[0]).amax(-1, keepdim=True)
         bits = BF16.round(largest)
         row_scales[0].copy_(torch.where(is_finite, bits, BF16.nan_bits))
-        values = values * safe_reciprocal(BF16.value(bits))
+        reciprocals[0].copy_(safe_reciprocal(BF16.value(bits)))
+
+
+def quantize_rows_definition(
+    format: StaticFormat,
+    x: torch.Tensor,
+    finite: torch.Tensor,
+    reciprocals: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    offset: Sequence[torch.Tensor],
+    planes: Sequence[torch.Tensor],
+) -> None:
+    """The second half of the definition of static_encode, outliers aside.
+
+    1. Take a row that is not finite for zeros. 2. Multiply by the reciprocal of the row scale, if there is one.
+    3. Subtract the offset, if there is one, divide by the scale (arXiv 2411.07942: q = clamp(round(x / s))), round, pack.
+
+    Args:
+        format: the format.
+        x: bf16, fp16 or fp32 ``[rows, padded features]``, contiguous.
+        finite, reciprocals: of :func:`measure_rows_definition`.
+        scale, offset: this rank's, float32, of x's shape; offset: none if symmetric.
+        planes: the planes of codes, written.
+    """
+    values = torch.where(finite, x.to(torch.float32), 0.0)
+    if format.row_scale:
+        values = values * reciprocals[0]
     if format.asymmetric:
-        values = values - others[0]
+        values = values - offset[0]
     zero = float(format.zero_code)
     codes = torch.round(values / scale).clamp(-zero, zero - 1) + zero
     packed = pack(codes.view(len(codes), format.pieces, -1).unbind(1), format.bits)
