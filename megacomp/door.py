@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megacomp import collectives
 from megacomp.agreement import agree, differences, statement
 from megacomp.collectives import DeferredPartial, SimulatedGroup, materialized
+from megacomp.collectives.links import all_gather_single, reduce_scatter_single
 from megacomp.collectives.message import as_matrix
 from megacomp.config import SECTION, ConfigError, load, read
 from megacomp.guard import Guard
@@ -347,7 +348,7 @@ def _exact(collective: Collective, tensor: torch.Tensor, group: dist.ProcessGrou
     rows = exact.shape[0] // group.size() if collective == "reduce_scatter" else exact.shape[0] * group.size()
     result = exact.new_empty(rows, *exact.shape[1:])
     if collective == "reduce_scatter":
-        dist.reduce_scatter_tensor(result, exact, group=group)
+        reduce_scatter_single(result, exact, group=group)
     else:
-        dist.all_gather_into_tensor(result, exact, group=group)
+        all_gather_single(result, exact, group=group)
     return result

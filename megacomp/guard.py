@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megacomp.collectives.links import all_gather_single
 from megacomp.telemetry import energies, sqnr_db
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Guard:
         told = mine.new_empty(group.size() * 3)
         # Gathered and not reduced: moving changes no bits, and the same additions follow on every host. Were it left to
         # each rank alone, one rounding of one of them could have it wait in another collective than the others.
-        dist.all_gather_into_tensor(told, mine, group=group)
+        all_gather_single(told, mine, group=group)
         signal, noise, not_finite = (sum(column) for column in zip(*told.view(-1, 3).tolist(), strict=True))
         if not_finite:
             return None

@@ -19,8 +19,9 @@ from megacomp.collectives.message import Peers
 # Away from the tags a program would use for messages of its own, and below 32768, all that MPI promises.
 _FIRST_TAG = 0x6D00
 
-# torch 2.13 renamed it; the older name warns there.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed them; the older names warn there.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Link(Protocol):
@@ -124,7 +125,7 @@ class CollectiveLink:
         self._chunks += 1
 
     def gather(self, chunk: int, wires: torch.Tensor, counts: Sequence[int]) -> None:
-        self._works[chunk] = _all_gather_single(
+        self._works[chunk] = all_gather_single(
             wires.flatten(0, 1), wires[self._rank], self._group, async_op=self._chunks > 1
         )
 
