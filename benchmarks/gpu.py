@@ -13,7 +13,8 @@ Needs torch and triton, and nothing installed. Meant to take under 10 minutes on
    of at least eight calls that rotate through sets of buffers four times as large as the L2 cache; ``eager_us`` is
    without the graph. Copies and kernels alternate; the clocks are warmed up before.
 4. The same at 64 MiB beside torch.compile of the definition, and a 4 KiB message.
-5. dequant_gemm, checked and timed beside bf16, without communication (gpu_gemm.py).
+5. dequant_gemm and dequant_gemm_encode, checked, and timed beside bf16, PyTorch's int4 GEMM and two steps, without
+   communication (gpu_gemm.py).
 
 The result is written to DIR/<gpu>/kernels.json (DIR: benchmarks/results), anew after every step. The exit code is 1 if
 a check failed, 2 if there is nothing to run on; missed aims are no failure.
@@ -313,15 +314,16 @@ def run_gemm(workers: Workers, plan: Plan, quick: bool, device: str = "cuda") ->
             checks += complete(job["cases"], found)
     job = {"kind": "gemm_time", "grid": gpu_gemm.time_grid(quick), "repeats": plan.repeats, "seconds": GEMM_SECONDS}
     timed = workers.run({**job, "threads": 4}, GEMM_SECONDS + 60)
-    gemms, mlps = timed.get("gemms", []), timed.get("mlps", [])
+    gemms, products, mlps = (timed.get(kind, []) for kind in ("gemms", "products", "mlps"))
     return {
         "note": gpu_gemm.NOTE,
         "all_gather_model": gpu_gemm.ALL_GATHER_MODEL,
         "method": (gpu_gemm.__doc__ or "").partition("\n\n")[2],
         "checks": checks,
         "gemms": gemms,
+        "products": products,
         "mlps": mlps,
-        "aims": gemm_aims(gemms),
+        "aims": gemm_aims(gemms, products),
         "skipped": timed.get("skipped", []),
         "errors": [timed["error"]] if timed["error"] else [],
     }
@@ -357,8 +359,9 @@ def aims(cases: Sequence[dict[str, Any]], small: Sequence[dict[str, Any]]) -> li
     return found
 
 
-def gemm_aims(gemms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def gemm_aims(gemms: Sequence[dict[str, Any]], products: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As of ``aims``. A shard is one of at least two ranks' parts."""
+    encoded = [(case["times_two_steps"], gemm_where(case)) for case in products]
     few = [
         (case["times_bf16"], gemm_where(case))
         for case in gemms
@@ -368,12 +371,14 @@ def gemm_aims(gemms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         _aim("dequant_gemm, 1 to 16 rows, Llama-70B shards: at least 3 times as fast as bf16", few, least=3),
         _aim("dequant_gemm, 4096 rows: at most 10 % slower than bf16", many, least=1 / 1.1),
+        _aim("dequant_gemm_encode: faster than dequant_gemm and then encode", encoded, least=1),
     ]
 
 
 def gemm_where(case: dict[str, Any]) -> str:
     """Which linear, or MLP, it was, in words."""
-    return f"{case['model']}, TP {case['ranks']}, {case.get('linear', 'MLP')}, {case['rows']} rows"
+    codec = f", {case['encoded']}" if "encoded" in case else ""
+    return f"{case['model']}, TP {case['ranks']}, {case.get('linear', 'MLP')}, {case['rows']} rows{codec}"
 
 
 def _aim(
@@ -402,7 +407,7 @@ def where(case: dict[str, Any]) -> str:
 
 def failures(result: dict[str, Any]) -> list[str]:
     """A line for every check that failed: of the checks, of the transport, of what was timed."""
-    gemm = result.get("gemm", {"checks": [], "gemms": [], "mlps": [], "errors": []})
+    gemm = result.get("gemm", {"checks": [], "gemms": [], "products": [], "mlps": [], "errors": []})
     lines = [
         f"{where(check)}: {check['error'] or describe_wrong(check)}"
         for check in [*result["checks"], *gemm["checks"]]
@@ -417,7 +422,7 @@ def failures(result: dict[str, Any]) -> list[str]:
     ]
     lines += [
         f"dequant_gemm, {gemm_where(case)}: {case['error']}"
-        for case in [*gemm["gemms"], *gemm["mlps"]]
+        for case in [*gemm["gemms"], *gemm["products"], *gemm["mlps"]]
         if case["error"] and not out_of_memory(case)
     ]
     return lines + [f"timing: {error}" for error in [*result["errors"], *gemm["errors"]]]
@@ -451,19 +456,23 @@ def show(result: dict[str, Any]) -> None:
     ]
     table(("4 KiB message, us in a graph", "encode", "decode_sum of 2", "both"), small)
     verdicts = {True: "met", False: "missed", None: "open"}
-    for kind, heading, names in (
-        ("gemms", "GEMM of one rank", ("int4", "bf16", "bf16_untransposed")),
-        ("mlps", f"MLP of one rank ({gpu_gemm.NOTE})", ("tp_aware", "replicated", "bf16")),
+    for kind, heading, names, against in (
+        ("gemms", "GEMM of one rank", ("int4", "bf16", "bf16_untransposed", "torch_int4"), "bf16"),
+        ("products", "encoded partial of one rank", ("one_step", "two_steps"), "two_steps"),
+        ("mlps", f"MLP of one rank ({gpu_gemm.NOTE})", ("tp_aware", "replicated", "bf16"), "bf16"),
     ):
         rows = [
             [
                 gemm_where(case),
                 *(shown((case["contenders"] or {}).get(name, {}).get("median_us")) for name in names),
-                "" if case["times_bf16"] is None else f"{case['times_bf16']:.2f}",
+                "" if case[f"times_{against}"] is None else f"{case[f'times_{against}']:.2f}",
             ]
             for case in gemm[kind]
         ]
-        table((heading, *(f"{name} us" for name in names), "x bf16"), rows)
+        table((heading, *(f"{name} us" for name in names), f"x {against}"), rows)
+    problems = {case["torch_int4_problem"] for case in gemm["gemms"] if case.get("torch_int4_problem")}
+    for problem in sorted(problems):
+        say(f"PyTorch's int4 GEMM was not timed: {problem}")
     rows = [
         [aim["aim"], verdicts[aim["met"]], shown(aim["worst"]), aim["where"] or ""]
         for aim in [*result["aims"], *gemm["aims"]]

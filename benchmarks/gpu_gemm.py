@@ -3,10 +3,14 @@
 Part of `python -m benchmarks.gpu`; needs torch and triton only. **No communication is in any figure.** What the naive
 scheme's all_gather would add is modelled, never measured: ALL_GATHER_MODEL.
 
-1. dequant_gemm against the product, in float64, of the dequantized weight; and whether two calls give the same bits.
+1. dequant_gemm against the product, in float64, of the dequantized weight; dequant_gemm_encode against dequant_gemm
+   and then encode, bit for bit; and whether two calls give the same bits.
 2. Each linear of the MLPs of Llama-70B and Granite-20B as one of 1, 2, 4 and 8 ranks holds it, int4 in groups of 128
-   with zeros, beside bf16 by cuBLAS: ``x @ W.t()`` and ``x @ W``, whichever is faster.
-3. The whole MLP of one rank. ``tp_aware``: the rows of the second weight sorted by group, its inputs arriving in that
+   with zeros, beside bf16 by cuBLAS: ``x @ W.t()`` and ``x @ W``, whichever is faster; for few rows beside PyTorch's
+   own int4 GEMM too (``torch_int4``, which torchao's tile-packed weights run on), unless it does not work there.
+3. The second linear of several ranks, whose product is a partial: dequant_gemm_encode beside dequant_gemm and then
+   encode.
+4. The whole MLP of one rank. ``tp_aware``: the rows of the second weight sorted by group, its inputs arriving in that
    order. ``replicated``: the second weight's rows stay on their ranks, so parts of every group are here, padded to
    whole words, and inputs are gathered at run time. ``bf16``: cuBLAS. Both int4 schemes gather the inputs of the first
    weight by its own act-order, in the kernel.
@@ -17,6 +21,7 @@ Times are those of CUDA graphs that rotate through sets of weights four times as
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +30,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megacomp.kernels.dequant_gemm import dequant_gemm, guess_gemm, resolve_gemm_backend
-from megacomp.kernels.grouped_weight import WORD_BITS, GroupedWeight, dequantize
+from megacomp import codecs
+from megacomp.codecs import BlockCodec
+from megacomp.kernels.dequant_gemm import TRITON_MAX_ROWS, dequant_gemm, guess_gemm, resolve_gemm_backend
+from megacomp.kernels.dequant_gemm_encode import dequant_gemm_encode
+from megacomp.kernels.grouped_weight import WORD_BITS, GroupedWeight, dequantize, unpack_codes
 from megacomp.kernels.launch_config import gpu_processors
 from megacomp.launch import kernel_bench
 from megacomp.launch.kernel_bench import describe_error
@@ -42,6 +50,15 @@ TIMED_FLOOR_DB = 40.0
 
 FEW_ROWS = 16
 """Up to here decoding: the time goes to reading weights."""
+
+ENCODED = ("mxfp4", "int8")
+"""Codecs of products."""
+
+ENCODED_ROWS = (1, FEW_ROWS, 64, TRITON_MAX_ROWS)
+"""Beyond, dequant_gemm_encode is two steps itself."""
+
+TORCH_INT4_TILES = 8
+"""Tiles of 16 inputs that PyTorch's int4 GEMM has side by side: the most, and what torchao takes."""
 
 NVLINK_GB_PER_S = 450.0
 """One direction of an H100's or H200's NVLink, by its data sheet."""
@@ -78,22 +95,24 @@ ROWS = (1, 2, 4, 8, FEW_ROWS, LARGE_ROWS)
 
 
 def check_grid(quick: bool) -> list[dict[str, Any]]:
-    """The arguments of :func:`check`."""
+    """The arguments of :func:`check`; ``encoded``: the codec of the product, None for none."""
     return [
         {
-            "operation": "dequant_gemm",
-            "spec": f"{bits} bits, {order}, {rows} rows, {dtype}",
+            "operation": "dequant_gemm" if encoded is None else "dequant_gemm_encode",
+            "spec": f"{bits} bits, {order}, {rows} rows, {dtype}" + (f", {encoded}" if encoded else ""),
             "bits": bits,
             "order": order,
             "rows": rows,
             "dtype": dtype,
             "in_features": 4096,
             "out_features": 544,
+            "encoded": encoded,
         }
         for bits in (4, 8)
         for dtype in (("bfloat16",) if quick else tuple(FLOORS_DB))
         for order in ("sorted", "gathered", "unequal")
         for rows in ((1, 64) if quick else (1, 16, 64, 200))
+        for encoded in ((None, *ENCODED) if bits == 4 else (None,))
     ]
 
 
@@ -171,19 +190,71 @@ def check(case: Mapping[str, Any], device: torch.device, seed: int) -> dict[str,
         dtype = getattr(torch, case["dtype"])
         x = torch.randn(rows, features, generator=generator, device=device).to(dtype)
         found["launch"] = describe_launch(x, weight)
-        first, second = (dequant_gemm(x, weight, "triton") for _ in range(2))
-        inputs = x if weight.input_index is None else x[:, weight.input_index]
-        decibels = sqnr_db(inputs.double() @ dequantize(weight).double(), first)
-        floor = FLOORS_DB[case["dtype"]]
-        problem = None
-        if not decibels > floor:
-            problem = f"SQNR {decibels:.1f} dB, not above {floor:g}"
-        elif not torch.equal(first, second):
+        if case["encoded"] is None:
+            first, second = (dequant_gemm(x, weight, "triton") for _ in range(2))
+            problem = _wrong_product(x, weight, first, found)
+        else:
+            codec = block_codec(case["encoded"])
+            first, second = (_encoded(codec, x, weight) for _ in range(2))
+            differing = int((first != codec.encode(dequant_gemm(x, weight, "triton"))).sum())
+            problem = f"{differing} bytes are not those of two steps" if differing else None
+        if problem is None and not torch.equal(first, second):
             problem = "two calls give different bits"
-        found |= {"sqnr_db": _finite(decibels), "passed": problem is None, "error": problem}
+        found |= {"passed": problem is None, "error": problem}
     except Exception as error:  # the next case may do better
         found["error"] = describe_error(error)
     return found
+
+
+def _wrong_product(x: torch.Tensor, weight: GroupedWeight, got: torch.Tensor, found: dict[str, Any]) -> str | None:
+    """What is wrong with a product, whose ``sqnr_db`` is added to what was found; None if nothing is."""
+    inputs = x if weight.input_index is None else x[:, weight.input_index]
+    decibels = sqnr_db(inputs.double() @ dequantize(weight).double(), got)
+    found["sqnr_db"] = _finite(decibels)
+    floor = FLOORS_DB[found["dtype"]]
+    return None if decibels > floor else f"SQNR {decibels:.1f} dB, not above {floor:g}"
+
+
+def block_codec(spec: str) -> BlockCodec:
+    codec = codecs.get(spec, backend="triton")
+    assert isinstance(codec, BlockCodec)
+    return codec
+
+
+def _encoded(codec: BlockCodec, x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
+    """The product's wire, in one step where there is one."""
+    wire = torch.empty(len(x), codec.row_bytes(weight.out_features), dtype=torch.uint8, device=x.device)
+    dequant_gemm_encode(codec.format, x, weight, wire, "triton", "triton")
+    return wire
+
+
+def torch_int4_problem(device: torch.device) -> str | None:
+    """Why PyTorch's own int4 GEMM is not timed on ``device``; None if it is: it multiplies, and rightly."""
+    generator = torch.Generator(device).manual_seed(1)
+    weight = random_weight(256, 64, "sorted", generator)
+    x = torch.randn(3, 256, generator=generator, device=device).bfloat16()
+    try:
+        decibels = sqnr_db(x.double() @ dequantize(weight).double(), torch_int4(weight)(x))
+    except Exception as error:  # another PyTorch, or one built without it
+        return describe_error(error)
+    return None if decibels > TIMED_FLOOR_DB else f"SQNR {decibels:.1f} dB, not above {TIMED_FLOOR_DB:g}"
+
+
+def torch_int4(weight: GroupedWeight) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What multiplies by PyTorch's own int4 GEMM for GPUs, with a copy of the weight in its layout.
+
+    bf16, 4 bits, equal groups in order; scales are rounded to bf16, and it adds what 8 stands for.
+    """
+    assert weight.group_size is not None and weight.input_index is None
+    codes = unpack_codes(weight.codes, weight.bits).t()
+    scales = weight.scales.float()
+    offsets = torch.zeros_like(scales) if weight.zeros is None else (8.0 - weight.zeros) * scales
+    scales_and_offsets = torch.stack((scales, offsets), dim=-1).bfloat16()
+    packed = torch.ops.aten._convert_weight_to_int4pack(
+        (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), TORCH_INT4_TILES
+    )
+    group_size = weight.group_size
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group_size, scales_and_offsets)
 
 
 def describe_launch(x: torch.Tensor, weight: GroupedWeight) -> dict[str, Any]:
@@ -205,13 +276,16 @@ def _finite(figure: float) -> float | None:
 def time_mlp(
     model: str, ranks: int, rows: Sequence[int], device: torch.device, repeats: int, mlps: Mapping[str, Mlp] = MLPS
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("gemms", one linear at so many rows) and ("mlps", the whole MLP of one rank at so many rows)."""
+    """Yields what was timed at so many rows, and what it is.
+
+    "gemms": one linear. "products": the second linear of several ranks, encoded. "mlps": the whole MLP of one rank.
+    """
     generator = torch.Generator(device).manual_seed(ranks)
     mlp = mlps[model]
     case = {"model": model, "ranks": ranks}
     for name, shape in mlp.linears(ranks).items():
         case |= {"linear": name, "in_features": shape[0], "out_features": shape[1]}
-        yield from (("gemms", found) for found in _time_linear(case, shape, rows, device, repeats, generator))
+        yield from _time_linear(case, shape, rows, device, repeats, generator)
     case = {"model": model, "ranks": ranks, "note": NOTE}
     yield from (("mlps", found) for found in _time_whole(case, mlp, rows, device, repeats, generator))
 
@@ -223,22 +297,46 @@ def _time_linear(
     device: torch.device,
     repeats: int,
     generator: torch.Generator,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     values = shape[0] * shape[1]
     weights = [random_weight(*shape, "sorted", generator) for _ in range(kernel_bench.buffer_sets(values // 2, device))]
     dense = [dequantize(weight, torch.bfloat16) for weight in weights[: kernel_bench.buffer_sets(2 * values, device)]]
     transposed = [one.t().contiguous().t() for one in dense]
 
+    problem = torch_int4_problem(device)
+    torchs = [torch_int4(weight) for weight in weights] if problem is None else []
+
+    def inputs(count: int) -> torch.Tensor:
+        return torch.randn(count, shape[0], generator=generator, device=device).bfloat16()
+
     def contenders(x: torch.Tensor) -> dict[str, Calls]:
+        few = torchs if len(x) <= FEW_ROWS else []
         return {
             "int4": [lambda weight=weight: dequant_gemm(x, weight, "triton") for weight in weights],  # type: ignore[misc]
             "bf16": [lambda one=one: torch.matmul(x, one) for one in transposed],  # type: ignore[misc]
             "bf16_untransposed": [lambda one=one: torch.matmul(x, one) for one in dense],  # type: ignore[misc]
+            **({"torch_int4": [lambda multiply=multiply: multiply(x) for multiply in few]} if few else {}),  # type: ignore[misc]
+        }
+
+    def encoders(x: torch.Tensor, codec: BlockCodec) -> dict[str, Calls]:
+        return {
+            "one_step": [lambda weight=weight: _encoded(codec, x, weight) for weight in weights],  # type: ignore[misc]
+            "two_steps": [
+                lambda weight=weight: codec.encode(dequant_gemm(x, weight, "triton"))  # type: ignore[misc]
+                for weight in weights
+            ],
         }
 
     for count in rows:
-        x = torch.randn(count, shape[0], generator=generator, device=device).bfloat16()
-        yield _timed({**case, "rows": count}, contenders(x), repeats, lambda x=x: describe_launch(x, weights[0]))  # type: ignore[misc]
+        x = inputs(count)
+        found = _timed({**case, "rows": count}, contenders(x), repeats, lambda x=x: describe_launch(x, weights[0]))  # type: ignore[misc]
+        found["torch_int4_problem"] = problem
+        found["times_torch_int4"] = times_as_fast(found["contenders"] or {}, "int4", "torch_int4")
+        yield "gemms", found
+    if case["linear"] == "down" and case["ranks"] > 1:
+        for count, spec in itertools.product(ENCODED_ROWS, ENCODED):
+            what = {**case, "rows": count, "encoded": spec}
+            yield "products", _timed(what, encoders(inputs(count), block_codec(spec)), repeats, against="two_steps")
 
 
 def _time_whole(
@@ -287,9 +385,12 @@ def _timed(
     contenders: Mapping[str, Calls],
     repeats: int,
     launch: Callable[[], dict[str, Any]] | None = None,
+    against: str = "bf16",
 ) -> dict[str, Any]:
-    """The case with its ``contenders`` as of ``graph_times``, ``times_bf16`` of the first, and what went wrong."""
-    found = {**case, **dict.fromkeys(("launch", "contenders", "times_bf16", "sqnr_db", "error"))}
+    """The case with its ``contenders`` as of ``graph_times``, how many ``times_...`` as fast as those ``against`` whom
+    it is the first is, and what went wrong.
+    """
+    found = {**case, **dict.fromkeys(("launch", "contenders", f"times_{against}", "sqnr_db", "error"))}
     try:
         if launch is not None:
             found["launch"] = launch()
@@ -302,7 +403,7 @@ def _timed(
         found["contenders"] = times = kernel_bench.graph_times(contenders, repeats)
         failed = [f"{name}: {figures['error']}" for name, figures in times.items() if "error" in figures]
         found["error"] = found["error"] or next(iter(failed), None)
-        found["times_bf16"] = times_bf16(times, next(iter(contenders)))
+        found[f"times_{against}"] = times_as_fast(times, next(iter(contenders)), against)
     except Exception as error:  # out of memory, or a kernel that fails
         found["error"] = describe_error(error)
     gc.collect()
@@ -311,10 +412,10 @@ def _timed(
     return found
 
 
-def times_bf16(times: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
-    """How many times as fast as the faster bf16 contender; None if either has no time."""
+def times_as_fast(times: Mapping[str, Mapping[str, Any]], name: str, against: str) -> float | None:
+    """How many times as fast as the fastest whose name begins with ``against``; None if either has no time."""
     ours = times.get(name, {}).get("median_us")
-    dense = [
-        figures["median_us"] for key, figures in times.items() if key.startswith("bf16") and "median_us" in figures
+    theirs = [
+        figures["median_us"] for key, figures in times.items() if key.startswith(against) and "median_us" in figures
     ]
-    return min(dense) / ours if ours and dense else None
+    return min(theirs) / ours if ours and theirs else None

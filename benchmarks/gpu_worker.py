@@ -202,13 +202,14 @@ def check_gemm(job: Mapping[str, Any], write: Write) -> None:
 def measure_gemm(job: Mapping[str, Any], write: Write) -> None:
     """``job``: grid, as of ``gpu_gemm.time_grid``, repeats, and seconds: nothing is begun after that.
 
-    Result: ``gemms`` and ``mlps``, as of ``gpu_gemm.time_mlp``, and ``skipped``, what there was no time for.
+    Result: ``gemms``, ``products`` and ``mlps``, as of ``gpu_gemm.time_mlp``, and ``skipped``, what there was no time
+    for.
     """
     from benchmarks import gpu_gemm
 
     device = torch.device("cuda", torch.cuda.current_device())
     end = time.monotonic() + job["seconds"]
-    result: dict[str, Any] = {"gemms": [], "mlps": [], "skipped": []}
+    result: dict[str, Any] = {"gemms": [], "products": [], "mlps": [], "skipped": []}
     kernel_bench.warm_up(device)
     for model, ranks, rows in job["grid"]:
         if time.monotonic() >= end or kernel_bench.context_is_lost():

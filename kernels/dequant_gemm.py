@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,20 @@ from megacomp.kernels.grouped_weight import GroupedWeight, dequantize, group_flo
 from megacomp.kernels.launch_config import device_problem, gpu_processors, on_device_of
 from megacomp.kernels.tiles import INTERPRETED, round_to
 
-__all__ = ["GemmLaunch", "Int4Pack", "dequant_gemm", "dequant_gemm_definition", "guess_gemm", "resolve_gemm_backend"]
+__all__ = [
+    "TILE_OUTPUTS",
+    "GemmLaunch",
+    "Int4Pack",
+    "dequant_gemm",
+    "dequant_gemm_definition",
+    "gemm_tile",
+    "guess_gemm",
+    "launch_gemm",
+    "launch_of",
+    "multiplies_codes",
+    "resolve_gemm_backend",
+    "split_sums",
+]
 
 INT4PACK_MAX_ROWS = 64
 """Up to here PyTorch's int4 GEMM is the faster one. Measured on one thread of an AMD EPYC with AVX-512, bf16,
@@ -32,6 +46,9 @@ VALUES_PER_SLICE = 2**20
 TRITON_MAX_ROWS = 256
 """Beyond, a GPU dequantizes once and multiplies densely instead of dequantizing for each tile of rows: a guess, not
 measured yet. By its bandwidth and peak compute an H200 would spend 5 % of 4096 rows of bf16 on that."""
+
+TILE_OUTPUTS = 64
+"""Outputs of a tile, whatever the launch: blocks of an encoded product lie in one tile."""
 
 
 class Int4Pack:
@@ -122,6 +139,11 @@ def resolve_gemm_backend(backend: str, x: torch.Tensor, weight: GroupedWeight, i
     if backend == "compiled":
         raise RuntimeError(f'backend "compiled": {problem}')
     return "reference"
+
+
+def multiplies_codes(backend: str, x: torch.Tensor, weight: GroupedWeight) -> bool:
+    """Whether a Triton kernel multiplies the codes themselves: few rows, on a GPU or where Triton was asked for."""
+    return 0 < len(x) <= TRITON_MAX_ROWS and resolve_gemm_backend(backend, x, weight, None) == "triton"
 
 
 def _fits_int4pack(x: torch.Tensor, weight: GroupedWeight) -> bool:
@@ -236,12 +258,12 @@ def guess_gemm(rows: int, weight: GroupedWeight, processors: int) -> GemmLaunch:
     # A tensor core's step is 16 inputs at least.
     words = max(words, 16 // weight.codes_per_word)
     tile_rows = 16 if few else 64
-    programs = triton.cdiv(rows, tile_rows) * triton.cdiv(weight.out_features, 64)
+    programs = triton.cdiv(rows, tile_rows) * triton.cdiv(weight.out_features, TILE_OUTPUTS)
     steps = triton.cdiv(len(weight.codes), words)
     splits = 1
     while few and splits < 16 and 2 * splits * programs <= 4 * processors and 4 * splits <= steps:
         splits *= 2
-    return GemmLaunch(tile_rows, 64, words, splits, num_warps=4, num_stages=4 if few else 3)
+    return GemmLaunch(tile_rows, TILE_OUTPUTS, words, splits, num_warps=4, num_stages=4 if few else 3)
 
 
 def _dequant_gemm_triton(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
@@ -255,34 +277,78 @@ def _dequant_gemm_triton(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor
     result = x.new_empty(rows, outputs)
     if rows == 0:
         return result
+    with on_device_of(x):
+        launch = launch_of(x, weight)
+        if launch.splits == 1:
+            launch_gemm(_dequant_gemm_kernel, launch, x, weight, result)
+        else:
+            sums = split_sums(launch, x, weight)
+            count = rows * outputs
+            _sum_splits_kernel[(triton.cdiv(count, 1024),)](sums, result, count, launch.splits, 1024)
+    return result
+
+
+def launch_of(x: torch.Tensor, weight: GroupedWeight) -> GemmLaunch:
+    """How ``x`` and ``weight`` are multiplied on the GPU that has them, whatever becomes of the product."""
+    return guess_gemm(len(x), weight, gpu_processors(x.device.index))
+
+
+def split_sums(launch: GemmLaunch, x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
+    """The sums of each stretch of the inputs, float32 ``[splits, rows, out_features]``; to be added in order."""
+    sums = x.new_empty(launch.splits, len(x), weight.out_features, dtype=torch.float32)
+    launch_gemm(_dequant_gemm_kernel, launch, x, weight, sums)
+    return sums
+
+
+def launch_gemm(
+    kernel: Any, launch: GemmLaunch, x: torch.Tensor, weight: GroupedWeight, out: torch.Tensor, *more: object
+) -> None:
+    """Runs ``kernel``, which takes what :func:`gemm_tile` does, ``out`` in front, and ``more`` behind.
+
+    Multiply-adds are fused where the kernel says so and nowhere else: kernels that do different things with a tile
+    then get the same bits of it.
+    """
     if x.stride(1) != 1:
         x = x.contiguous()
-    with on_device_of(x):
-        launch = guess_gemm(rows, weight, gpu_processors(x.device.index))
-        splits = launch.splits
-        target = result if splits == 1 else x.new_empty(splits, rows, outputs, dtype=torch.float32)
-        group_words = 0 if weight.word_groups is not None else len(weight.codes) // len(weight.scales)
-        _dequant_gemm_kernel[(triton.cdiv(rows, launch.rows), triton.cdiv(outputs, launch.outputs), splits)](
-            x, weight.codes, weight.scales, weight.zeros, weight.word_groups, weight.input_index, target,
-            rows, outputs, len(weight.codes), x.stride(0),
-            weight.bits, group_words, launch.rows, launch.outputs, launch.words, splits,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
-        if splits > 1:
-            _sum_splits_kernel[(triton.cdiv(rows * outputs, 1024),)](target, result, rows * outputs, splits, 1024)
-    return result
+    rows, outputs = len(x), weight.out_features
+    group_words = 0 if weight.word_groups is not None else len(weight.codes) // len(weight.scales)
+    kernel[(triton.cdiv(rows, launch.rows), triton.cdiv(outputs, launch.outputs), launch.splits)](
+        out, x, weight.codes, weight.scales, weight.zeros, weight.word_groups, weight.input_index,
+        rows, outputs, len(weight.codes), x.stride(0),
+        weight.bits, group_words, launch.rows, launch.outputs, launch.words, launch.splits, *more,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _dequant_gemm_kernel(
-    x, codes, scales, zeros, word_groups, input_index, out, rows, out_features, words, x_stride,
+    out, x, codes, scales, zeros, word_groups, input_index, rows, out_features, words, x_stride,
     bits: tl.constexpr, group_words: tl.constexpr,
     block_rows: tl.constexpr, block_outputs: tl.constexpr, block_words: tl.constexpr, splits: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result, or of the sums of one of ``splits`` stretches of the inputs.
+    total, row, output = gemm_tile(
+        x, codes, scales, zeros, word_groups, input_index, rows, out_features, words, x_stride,
+        bits, group_words, block_rows, block_outputs, block_words, splits,
+    )  # fmt: skip
+    target = out + row.to(tl.int64)[:, None] * out_features + output[None, :]
+    if splits > 1:
+        target += tl.program_id(2).to(tl.int64) * rows * out_features
+    exists = (row < rows)[:, None] & (output < out_features)[None, :]
+    tl.store(target, round_to(total, out.dtype.element_ty), exists)
+
+
+@triton.jit
+def gemm_tile(
+    x, codes, scales, zeros, word_groups, input_index, rows, out_features, words, x_stride,
+    bits: tl.constexpr, group_words: tl.constexpr,
+    block_rows: tl.constexpr, block_outputs: tl.constexpr, block_words: tl.constexpr, splits: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result in float32, or of the sums of one of ``splits`` stretches of the inputs.
 
     ``group_words``: words of every group; 0: ``word_groups`` has the group of each word. ``zeros``, ``word_groups`` and
     ``input_index`` may be None.
+
+    Returns (the tile ``[block_rows, block_outputs]``, anything where there is no row or output; its rows; its outputs).
     """
     codes_per_word: tl.constexpr = 32 // bits
     block_inputs: tl.constexpr = block_words * codes_per_word
@@ -315,16 +381,13 @@ def _dequant_gemm_kernel(
             zero = tl.reshape(_load_zeros(zeros, group, output_exists, bits), (1, 1, block_outputs))
             weight = tl.reshape(code - (8388608.0 + zero), (block_inputs, block_outputs))
             scale = tl.load(scales + group, output_exists, 0.0).to(tl.float32)
-            total += _dot(inputs, weight) * scale[None, :]
+            total = tl.fma(_dot(inputs, weight), tl.broadcast_to(scale[None, :], total.shape), total)
         else:
             word_group = word // group_words if group_words > 0 else tl.load(word_groups + word, word < words, 0)
             group = word_group[:, None] * out_features + output[None, :]
             weight = _scaled(code, scales, zeros, group, word_exists, bits)
             total += _dot(inputs, tl.reshape(weight, (block_inputs, block_outputs)))
-    target = out + row.to(tl.int64)[:, None] * out_features + output[None, :]
-    if splits > 1:
-        target += tl.program_id(2).to(tl.int64) * rows * out_features
-    tl.store(target, round_to(total, out.dtype.element_ty), row_exists & output_exists[None, :])
+    return total, row, output
 
 
 def _dequantize_triton(weight: GroupedWeight, dtype: torch.dtype) -> torch.Tensor:

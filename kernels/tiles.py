@@ -22,6 +22,7 @@ __all__ = [
     "Tile",
     "clear_bytes",
     "clear_tail",
+    "cut_pieces",
     "join_pieces",
     "load_bytes",
     "load_pieces",
@@ -148,6 +149,16 @@ def regroup_pieces(pieces, block_size: tl.constexpr, new_block_size: tl.constexp
             x = tl.join(pieces[piece], pieces[half + piece])
             halved = halved + (tl.reshape(tl.permute(x, (0, 2, 1)), (2 * x.shape[0], x.shape[1])),)
         return regroup_pieces(halved, block_size // 2, new_block_size)
+
+
+@triton.jit
+def cut_pieces(x, pieces: tl.constexpr):
+    """``x`` ``[blocks, block_size]`` as the tuple of its ``pieces`` pieces."""
+    if pieces == 1:
+        return (x,)
+    else:
+        front, back = split_pieces(x)
+        return cut_pieces(front, pieces // 2) + cut_pieces(back, pieces // 2)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megacomp import collectives
 from megacomp.agreement import agree, differences, statement
-from megacomp.collectives import SimulatedGroup
+from megacomp.collectives import DeferredPartial, SimulatedGroup, materialized
 from megacomp.collectives.links import all_gather_single, reduce_scatter_single
 from megacomp.collectives.message import as_matrix
 from megacomp.config import SECTION, ConfigError, load, read
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megacomp.collectives import Collective, Route
     from megacomp.config import Config
 
-__all__ = ["Door", "Observer"]
+__all__ = ["Door", "Observer", "at_site"]
 
 _log = logging.getLogger("megacomp")
 
@@ -67,6 +67,11 @@ _COLLECTIVES: Mapping[str, Callable[[torch.Tensor, dist.ProcessGroup, Route], to
     "reduce_scatter": collectives.reduce_scatter,
     "all_gather": collectives.all_gather,
 }
+
+
+def at_site() -> bool:
+    """Whether the layer that calls this is at a site, so that its partial comes to a door."""
+    return _visit.get() is not None
 
 
 class Observer(Protocol):
@@ -216,7 +221,8 @@ class Door:
         """The result of `collective` on `tensor` [..., features] over `group`, compressed; or None: not ours.
 
         None means that the original collective is to run on every rank of the group; why is counted. Nothing was
-        sent then, but for what an observer or the numerical guard is shown. `tensor` is never changed.
+        sent then, but for what an observer or the numerical guard is shown. `tensor` is never changed; if it is a
+        DeferredPartial, the original collective is to be given it `materialized`.
 
         even: whether every rank is to get (reduce_scatter) or gives (all_gather) equally many rows.
 
@@ -233,11 +239,11 @@ class Door:
             return None
         site, grad_enabled = visit
         self.agree(group)
-        if type(tensor) is not torch.Tensor:
+        if type(tensor) not in (torch.Tensor, DeferredPartial):
             self._decline(site, Decline.SUBCLASS, group)
             return None
         if self.observer is not None:
-            self._observe(self.observer, site, grad_enabled, collective, tensor, group)
+            self._observe(self.observer, site, grad_enabled, collective, materialized(tensor), group)
             return None
         world_size = group.size()
         features = tensor.shape[-1] if tensor.dim() else 1
@@ -255,11 +261,14 @@ class Door:
             self._decline(site, Decline.GUARD, group)
             return None
         stream.compressed += 1
-        result = _COLLECTIVES[collective](tensor, group, outcome)
-        counters = self.telemetry.at(site)
         sampled = _due(self._sqnr_every, stream)
         # The host cannot wait for what is being captured in a CUDA graph.
         guarded = _due(self._guard.every, stream) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        if sampled or guarded:
+            # Needed as it is besides: what is encoded is that.
+            tensor = materialized(tensor)
+        result = _COLLECTIVES[collective](tensor, group, outcome)
+        counters = self.telemetry.at(site)
         if sampled or guarded:
             exact = _exact(collective, tensor, group)
         if guarded and (verdict := self._guard.judge(exact, result, group)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megacomp.door import at_site
 from megacomp.gptq import QuantizedLinear
 
 __all__ = ["Adopted"]
@@ -29,3 +30,7 @@ class Adopted(torch.nn.Module):
         self.eval()
         self.linear = linear
         self.register_buffer("bias", bias)
+
+    def partial(self, input: torch.Tensor) -> torch.Tensor:
+        """What `linear` makes of `input`, for the reduction; deferred where a door awaits it."""
+        return self.linear(input, deferred=at_site())

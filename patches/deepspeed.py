@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megacomp.collectives import materialized
 from megacomp.gptq import CheckpointError, QuantizedLinear
 from megacomp.patches.framework import Framework
 from megacomp.patches.patch import Patch
@@ -231,7 +232,7 @@ def _row_parallel(door: Door, original: Callable[..., Any]) -> Callable[..., Any
     ) -> torch.Tensor:
         result = None if group is None else door("all_reduce", input, group)
         if result is None:
-            return original(ctx, group, input, is_inference_mode)
+            return original(ctx, group, materialized(input), is_inference_mode)
         ctx.group = group
         return result
 

@@ -28,7 +28,7 @@ class QuantizedLinearAllreduce(Adopted, LinearAllreduce):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        output = RowParallel.apply(self.mp_group, self.linear(input), True)
+        output = RowParallel.apply(self.mp_group, self.partial(input), True)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megacomp.collectives import materialized
 from megacomp.gptq import CheckpointError, QuantizedLinear
 from megacomp.patches.framework import Framework, UnsupportedVersionError, layer_forward
 from megacomp.patches.patch import Patch
@@ -255,7 +256,7 @@ def _reduce(door: Door, original: Callable[..., Any]) -> Callable[..., Any]:
     def reduce(input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         group = kwargs.get("group", args[0] if args else None)
         result = door("all_reduce", input_, _group(group))
-        return original(input_, *args, **kwargs) if result is None else result
+        return original(materialized(input_), *args, **kwargs) if result is None else result
 
     return reduce
 
@@ -275,7 +276,9 @@ def _reduce_scatter(door: Door, original: Callable[..., Any]) -> Callable[..., A
         **kwargs: Any,
     ) -> torch.Tensor:
         result = door("reduce_scatter", input_, _group(group), even=input_split_sizes is None)
-        return original(input_, group, input_split_sizes, *args, **kwargs) if result is None else result
+        if result is not None:
+            return result
+        return original(materialized(input_), group, input_split_sizes, *args, **kwargs)
 
     return reduce_scatter
 

@@ -49,4 +49,4 @@ class QuantizedRowParallelLinear(Adopted, RowParallelLinear):
         return self.linear.codes
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.linear(input)
+        return self.partial(input)

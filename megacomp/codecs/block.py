@@ -10,6 +10,8 @@ import torch
 
 from megacomp.codecs.codec import Codec, canonical_json
 from megacomp.kernels import BlockFormat, decode_sum, decode_sum_encode, encode, reduce_norm
+from megacomp.kernels.dequant_gemm_encode import dequant_gemm_encode
+from megacomp.kernels.grouped_weight import GroupedWeight
 
 __all__ = ["BlockCodec"]
 
@@ -42,6 +44,9 @@ class BlockCodec(Codec):
 
     def _encode(self, x: torch.Tensor, wire: torch.Tensor) -> None:
         encode(self.format, x, wire, self.backend)
+
+    def _encode_product(self, x: torch.Tensor, weight: GroupedWeight, wire: torch.Tensor) -> None:
+        dequant_gemm_encode(self.format, x, weight, wire, self.backend)
 
     def _decode_sum(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         decode_sum(self.format, wires, out, self.backend)

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 
 from megacomp.kernels import add_norm, sums_in_slices
+from megacomp.kernels.dequant_gemm import dequant_gemm
+from megacomp.kernels.grouped_weight import GroupedWeight
 
 __all__ = ["DTYPES", "Codec", "canonical_json"]
 
@@ -99,6 +101,25 @@ class Codec(ABC):
             _check_wire("out", out, shape)
         self._encode(x.detach(), out)
         return out
+
+    def encode_product(self, x: torch.Tensor, weight: GroupedWeight, out: torch.Tensor) -> None:
+        """Encodes ``dequant_gemm(x, weight)`` into ``out``: the same bits, by one kernel where there is one.
+
+        Args:
+            x: bf16, fp16 or fp32 ``[rows, in_features]``, on the device of the weight.
+            weight: see ``megacomp.kernels.dequant_gemm``.
+            out: uint8 ``[rows, row_bytes(weight.out_features)]``, last dimension contiguous.
+
+        Raises:
+            ValueError: a dtype other than these, or another ``out``.
+        """
+        self._check_dtype(x.dtype)
+        _check_wire("out", out, (x.shape[0], self.row_bytes(weight.out_features)))
+        self._encode_product(x.detach(), weight, out)
+
+    def _encode_product(self, x: torch.Tensor, weight: GroupedWeight, wire: torch.Tensor) -> None:
+        """``encode_product`` of checked tensors, in its two steps."""
+        self._encode(dequant_gemm(x, weight), wire)
 
     def decode_sum(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import GatherHop, cut, into
+from megacomp.collectives.hops import GatherHop, cut, into, out_of
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
@@ -43,8 +43,9 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, 
     rows, out = as_matrix(x), as_matrix(result)
     pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
     hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
-    for chunk, (piece, *_) in enumerate(pieces):
-        hop.send(chunk, rows[piece.start : piece.stop])
+    source = out_of(rows)
+    for chunk in range(len(pieces)):
+        hop.send(chunk, source)
     for chunk, (piece, *_) in enumerate(pieces):
         starts = range(piece.start, len(out), len(rows))
         hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into
-from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, name_of, peers_of
+from megacomp.collectives.deferred import materialized
+from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into, out_of
+from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import deal
 from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
 from megacomp.collectives.simulated import simulated_all_reduce
@@ -25,7 +26,7 @@ def all_reduce(
     """The sum of every rank's `x`, with the same bits on every rank.
 
     x: [..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not written
-        to, unless it is `out` as well.
+        to, unless it is `out` as well. A DeferredPartial of one rank may be a tensor on another.
     group: any process group this rank is a member of, a SimulatedGroup included; None means the default group.
     route: the same on every rank.
     out: where to write the result: contiguous, of x's shape, dtype and device; may be `x` itself.
@@ -56,18 +57,19 @@ def _all_reduce(
     trace: Trace | None,
 ) -> torch.Tensor:
     peers = peers_of(group)
-    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if peers.world_size == 1 or x.numel() == 0:
-        return result.copy_(x.detach())
+        return result.copy_(materialized(x).detach())
     if isinstance(group, SimulatedGroup):
-        return result.copy_(group.exchange(x.detach(), lambda partials: simulated_all_reduce(partials, route)))
-    reduce_rows(as_matrix(x), into(as_matrix(result)), peers, route, trace)
+        partial = materialized(x).detach()
+        return result.copy_(group.exchange(partial, lambda partials: simulated_all_reduce(partials, route)))
+    reduce_rows(x, into(as_matrix(result)), peers, route, trace)
     return result
 
 
 def reduce_rows(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
-    """Sum `x` [rows, features] over at least two ranks by the route's algorithm; `finish` gets every row once."""
-    algorithm = choose_algorithm(route, peers.world_size, *x.shape)
+    """Sum `x` [..., features] over at least two ranks by the route's algorithm; `finish` gets every row once."""
+    algorithm = choose_algorithm(route, peers.world_size, *matrix_shape(x))
     send = one_shot if algorithm == "one_shot" else two_shot
     send(x, finish, peers, route, trace)
 
@@ -78,11 +80,12 @@ def one_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
     1. Encode a chunk and send it to all peers; go on with the next while it travels.
     2. As the chunks of all peers arrive, decode and sum them in rank order: one rounding by the codec.
     """
-    rows, features = x.shape
+    rows, features = matrix_shape(x)
+    source = out_of(x)
     pieces = cut([range(rows)] * peers.world_size, choose_chunks(route, rows, features, x.device))
     hop = GatherHop(route.codec, peers, pieces, features, x.device, trace)
-    for chunk, (piece, *_) in enumerate(pieces):
-        hop.send(chunk, x[piece.start : piece.stop])
+    for chunk in range(len(pieces)):
+        hop.send(chunk, source)
     for chunk, (piece, *_) in enumerate(pieces):
         hop.finish_sum(chunk, piece, finish)
     hop.close()
@@ -97,12 +100,13 @@ def two_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
        the second rounding, and send it to all peers.
     3. As the sums arrive, decode them; a rank's own sum too, so that all ranks hold the same bits.
     """
-    rows, features = x.shape
+    rows, features = matrix_shape(x)
+    source = out_of(x)
     pieces = deal(rows, peers.world_size, choose_chunks(route, rows, features, x.device))
     gather = GatherHop(route.second_codec, peers, pieces, features, x.device, trace)
     scatter = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
     for chunk in range(len(pieces)):
-        scatter.send(chunk, x)
+        scatter.send(chunk, source)
     for chunk in range(len(pieces)):
         gather.send_sum(chunk, scatter)
     for chunk, owned in enumerate(pieces):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megacomp.codecs import DTYPES, Codec
 from megacomp.collectives.all_reduce import reduce_rows
+from megacomp.collectives.deferred import materialized
 from megacomp.collectives.hops import sums_buffer
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route
@@ -50,13 +51,13 @@ def all_reduce_norm(
         )
     peers = peers_of(group)
     new_residual = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    normalized = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normalized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return new_residual, normalized
-    rows, residuals, new_residuals, norms = map(as_matrix, (x.detach(), residual.detach(), new_residual, normalized))
+    residuals, new_residuals, norms = map(as_matrix, (residual.detach(), new_residual, normalized))
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if peers.world_size == 1:
-        add_norm(rows.float(), residuals, weight, eps, new_residuals, norms, bias)
+        add_norm(as_matrix(materialized(x).detach()).float(), residuals, weight, eps, new_residuals, norms, bias)
         return new_residual, normalized
 
     def finish(codec: Codec, wires: torch.Tensor, owned: range) -> None:
@@ -69,10 +70,10 @@ def all_reduce_norm(
             new_residuals[part],
             norms[part],
             bias,
-            sums_buffer(len(owned), rows.shape[1], rows.device),
+            sums_buffer(len(owned), x.shape[-1], x.device),
         )
 
-    reduce_rows(rows, finish, peers, route, None)
+    reduce_rows(x, finish, peers, route, None)
     return new_residual, normalized
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from megacomp.collectives import workspace
+from megacomp.collectives.deferred import DeferredPartial
 from megacomp.collectives.links import link_for
-from megacomp.collectives.message import Peers
+from megacomp.collectives.message import Peers, as_matrix
 from megacomp.collectives.partition import consecutive, runs, split
 from megacomp.collectives.trace import Trace, measured
 from megacomp.kernels import sums_rows
@@ -28,8 +29,23 @@ from megacomp.kernels import sums_rows
 if TYPE_CHECKING:
     from megacomp.codecs import Codec
 
+Source = Callable[["Codec", range, torch.Tensor], None]
+"""What this rank contributes: writes such rows of it, encoded, to a wire, uint8[rows, row_bytes]."""
+
 Finish = Callable[["Codec", torch.Tensor, range], None]
 """What becomes of wires that arrived, uint8[peers, rows, row_bytes]: their sum is such rows of the result."""
+
+
+def out_of(x: torch.Tensor) -> Source:
+    """Encode rows of `x` [..., features], or have them computed encoded if it is a DeferredPartial."""
+    if isinstance(x, DeferredPartial):
+        return x.encode_rows
+    matrix = as_matrix(x)
+
+    def source(codec: Codec, rows: range, wire: torch.Tensor) -> None:
+        codec.encode(matrix[rows.start : rows.stop], out=wire)
+
+    return source
 
 
 def into(out: torch.Tensor) -> Finish:
@@ -90,8 +106,8 @@ class _Hop(ABC):
         """Take the hop's buffers, tell the link where wires will arrive, and return these places."""
 
     @abstractmethod
-    def send(self, chunk: int, rows: torch.Tensor) -> None:
-        """Encode this rank's `rows` and send those of `chunk`."""
+    def send(self, chunk: int, source: Source) -> None:
+        """Encode what of this rank's rows belongs to `chunk`, and send it."""
 
     def finish_sum(self, chunk: int, rows: range, finish: Finish) -> None:
         """Wait for the wires of `chunk`, whose sum in rank order is `rows` of the result, and finish them."""
@@ -128,10 +144,10 @@ class GatherHop(_Hop):
                 self._link.expect(chunk, wires, counts)
         return places
 
-    def send(self, chunk: int, rows: torch.Tensor) -> None:
-        """Encode `rows`, this rank's piece of `chunk`, and send them to everyone."""
+    def send(self, chunk: int, source: Source) -> None:
+        """Encode this rank's piece of `chunk`, and send it to everyone."""
         with measured(self._trace, "encode"):
-            self._codec.encode(rows, out=self._own(chunk))
+            source(self._codec, self._pieces[chunk][self._rank], self._own(chunk))
         self._post(chunk)
 
     def send_sum(self, chunk: int, arriving: ScatterHop) -> None:
@@ -175,16 +191,16 @@ class ScatterHop(_Hop):
                 self._link.expect(chunk, wires, [wires.shape[1]] * wires.shape[0])
         return places
 
-    def send(self, chunk: int, rows: torch.Tensor) -> None:
-        """Encode those of `rows`, the whole message, that belong to `chunk`; send them to their owners."""
+    def send(self, chunk: int, source: Source) -> None:
+        """Encode those rows of the message that belong to `chunk`; send them to their owners."""
         parts, counts, wires = self._parts[chunk], self._counts[chunk], self._wires[chunk]
         pairs = list(zip(consecutive(counts), self._pieces[chunk], strict=True))
         with measured(self._trace, "encode"):
             if not self._link.delivers_own:
                 _, own = pairs.pop(self._rank)
-                self._codec.encode(rows[own.start : own.stop], out=wires[self._rank])
+                source(self._codec, own, wires[self._rank])
             for place, piece in runs(pairs):
-                self._codec.encode(rows[piece.start : piece.stop], out=parts[place.start : place.stop])
+                source(self._codec, piece, parts[place.start : place.stop])
         with measured(self._trace, "wire"):
             self._link.scatter(chunk, parts, counts, wires)
 

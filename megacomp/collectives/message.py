@@ -59,6 +59,11 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def matrix_shape(x: torch.Tensor) -> tuple[int, int]:
+    """The shape of `as_matrix(x)`, of an `x` with at least one value."""
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
 def name_of(group: dist.ProcessGroup | None) -> str:
     """What `group_of` finds `group` by; the default group has none, so that it may be another one by then."""
     return "" if group is None else group.group_name

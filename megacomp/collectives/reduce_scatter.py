@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import ScatterHop, cut, into
-from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
+from megacomp.collectives.deferred import materialized
+from megacomp.collectives.hops import ScatterHop, cut, into, out_of
+from megacomp.collectives.message import as_matrix, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import split
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
@@ -45,16 +46,17 @@ def _reduce_scatter(
             f"{x.shape[0]} rows do not divide"
         )
     if peers.world_size == 1:
-        return x.clone(memory_format=torch.contiguous_format)
-    result = x.new_empty((x.shape[0] // peers.world_size, *x.shape[1:]))
+        return materialized(x).clone(memory_format=torch.contiguous_format)
+    result = torch.empty((x.shape[0] // peers.world_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return result
-    rows, out = as_matrix(x), as_matrix(result)
-    shares = split(range(len(rows)), peers.world_size)
-    pieces = cut(shares, choose_chunks(route, len(rows), rows.shape[1], x.device))
-    hop = ScatterHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
+    rows, features = matrix_shape(x)
+    source, out = out_of(x), as_matrix(result)
+    shares = split(range(rows), peers.world_size)
+    pieces = cut(shares, choose_chunks(route, rows, features, x.device))
+    hop = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
     for chunk in range(len(pieces)):
-        hop.send(chunk, rows)
+        hop.send(chunk, source)
     for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
         hop.finish_sum(chunk, owned[0], into(out))
     hop.close()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from megacomp.collectives import DeferredPartial
 from megacomp.gptq.shards import LinearShard, Order
-from megacomp.kernels.dequant_gemm import Int4Pack, dequant_gemm
+from megacomp.kernels.dequant_gemm import Int4Pack, dequant_gemm, multiplies_codes
 from megacomp.kernels.grouped_weight import GroupedWeight
 
 __all__ = ["QuantizedLinear"]
@@ -51,10 +52,23 @@ class QuantizedLinear(nn.Module):
         buffers: dict[str, Any] = {name: self._buffers[name] for name in _TENSORS}
         return GroupedWeight(bits=self.bits, **buffers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = dequant_gemm(rows, self.grouped_weight, int4pack=self._int4pack)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
+    def forward(self, x: torch.Tensor, deferred: bool = False) -> torch.Tensor:
+        """deferred: whether y may be a DeferredPartial, as it is where a kernel can encode it."""
+        rows, weight = x.reshape(-1, x.shape[-1]), self.grouped_weight
+        shape = (*x.shape[:-1], self.out_features)
+        if deferred and self._encodes(rows, weight):
+            return DeferredPartial(
+                x,
+                shape,
+                lambda: dequant_gemm(rows, weight).view(shape),
+                lambda codec, wire: codec.encode_product(rows, weight, wire),
+            )
+        y = dequant_gemm(rows, weight, int4pack=self._int4pack)
+        return (y if self.bias is None else y + self.bias).view(shape)
+
+    def _encodes(self, rows: torch.Tensor, weight: GroupedWeight) -> bool:
+        # A compiler does not follow tensors of a kind of their own.
+        return self.bias is None and not torch.compiler.is_compiling() and multiplies_codes("auto", rows, weight)
 
     def extra_repr(self) -> str:
         return (

@@ -8,7 +8,9 @@ import itertools, json
 from unittest.mock import patch
 import torch
 from benchmarks.compile_report import ARCHITECTURES, SHARED_MEMORY_LIMIT, captured_launches, resources
+from megacomp import codecs
 from megacomp.kernels.dequant_gemm import dequant_gemm
+from megacomp.kernels.dequant_gemm_encode import dequant_gemm_encode
 from megacomp.kernels.grouped_weight import GroupedWeight
 
 def empty(*shape, dtype=torch.int32):
@@ -16,9 +18,9 @@ def empty(*shape, dtype=torch.int32):
 
 inputs, outputs = 8192, 3584
 kernels = []
-cases = [*itertools.product(ARCHITECTURES, (1, 16, 64, 4096), (True,))]
-cases += itertools.product((90,), (1, 64, 4096), (False,))
-for architecture, rows, ordered in cases:
+cases = [*itertools.product(ARCHITECTURES, (1, 16, 64, 4096), (True,), (None, "mxfp4", "int8"))]
+cases += itertools.product((90,), (1, 64, 4096), (False,), (None, "mxfp4"))
+for architecture, rows, ordered, codec in cases:
     groups = inputs // 128
     weight = GroupedWeight(
         empty(inputs // 8, outputs),
@@ -31,9 +33,15 @@ for architecture, rows, ordered in cases:
     with captured_launches(architecture) as launches, patch(
         "megacomp.kernels.dequant_gemm.gpu_processors", return_value=132
     ):
-        dequant_gemm(empty(rows, inputs, dtype=torch.bfloat16), weight, "triton")
+        x = empty(rows, inputs, dtype=torch.bfloat16)
+        if codec is None:
+            dequant_gemm(x, weight, "triton")
+        else:
+            format = codecs.get(codec).format
+            wire = empty(rows, format.row_bytes(outputs), dtype=torch.uint8)
+            dequant_gemm_encode(format, x, weight, wire, "triton", "triton")
     for launch in launches:
-        case = {"architecture": architecture, "rows": rows, "ordered": ordered}
+        case = {"architecture": architecture, "rows": rows, "ordered": ordered, "codec": codec}
         matrix_instructions = any(name in launch.kernel.asm["ptx"] for name in ("mma.sync", "wgmma", "tcgen05.mma"))
         limit = SHARED_MEMORY_LIMIT[architecture]
         kernels.append(
@@ -49,9 +57,28 @@ def kernels():
     return printed(COMPILE)
 
 
+def names(kernels, rows, codec):
+    """Of the kernels for so many rows on sm_90, in the order of their launches."""
+    return [
+        kernel["kernel"]
+        for kernel in kernels
+        if (kernel["rows"], kernel["codec"], kernel["architecture"], kernel["ordered"]) == (rows, codec, 90, True)
+    ]
+
+
 def test_few_rows_are_summed_in_two_steps_and_many_in_one(kernels):
-    steps = {rows: sum(kernel["rows"] == rows for kernel in kernels) for rows in (1, 16, 64, 4096)}
-    assert steps == {1: 8, 16: 6, 64: 4, 4096: 4}
+    for rows in (1, 16):
+        assert names(kernels, rows, None) == ["dequant_gemm_kernel", "sum_splits_kernel"]
+    assert names(kernels, 64, None) == ["dequant_gemm_kernel"]
+    assert names(kernels, 4096, None) == ["dequantize_kernel"]  # and cuBLAS
+
+
+@pytest.mark.parametrize("codec", ["mxfp4", "int8"])
+def test_encoding_adds_no_kernel_up_to_the_rows_that_cublas_multiplies(kernels, codec):
+    for rows in (1, 16):
+        assert names(kernels, rows, codec) == ["dequant_gemm_kernel", "sum_splits_encode_kernel"]
+    assert names(kernels, 64, codec) == ["dequant_gemm_encode_kernel"]
+    assert names(kernels, 4096, codec) == ["dequantize_kernel", "encode_kernel"]
 
 
 def test_nothing_spills_and_shared_memory_suffices(kernels):
@@ -62,5 +89,6 @@ def test_nothing_spills_and_shared_memory_suffices(kernels):
 
 def test_tensor_cores_multiply(kernels):
     products = [kernel for kernel in kernels if kernel["kernel"].startswith("dequant_gemm")]
-    assert len(products) == 11
+    # For 1, 16 and 64 rows in order, for 1 and 64 in none.
+    assert len(products) == 3 * 3 * 3 + 2 * 2
     assert all(kernel["matrix_instructions"] for kernel in products)
