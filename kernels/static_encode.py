@@ -122,7 +122,8 @@ def quantize_rows_definition(
     """The second half of the definition of static_encode, outliers aside.
 
     1. Take a row that is not finite for zeros. 2. Multiply by the reciprocal of the row scale, if there is one.
-    3. Subtract the offset, if there is one, divide by the scale (arXiv 2411.07942: q = clamp(round(x / s))), round, pack.
+    3. Subtract the offset, if there is one. 4. Divide by the scale, round (arXiv 2411.07942: q = clamp(round(x / s))),
+    pack.
 
     Args:
         format: the format.
