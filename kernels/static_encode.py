@@ -60,15 +60,17 @@ def static_encode(
     format.clear_padding(wire, features)
     layout = format.layout(features)
     finite = torch.empty(rows, 1, dtype=torch.bool, device=x.device)
-    scale, offset, weight = (
-        [] if table is None else [pad_features(table[rank], format, layout, fill).expand(rows, -1)]
-        for table, fill in ((tables.scale, 1.0), (tables.offset, 0.0), (tables.weight, 0.0))
-    )
+
+    def own(table: torch.Tensor, fill: float) -> torch.Tensor:
+        return pad_features(table[rank], format, layout, fill).expand(rows, -1)
+
+    offset = [] if tables.offset is None else [own(tables.offset, 0.0)]
+    weight = [] if tables.weight is None else [own(tables.weight, 0.0)]
     padded = pad_features(x.contiguous(), format, layout, 0.0)
     row_scales = [] if fields.row_scales is None else [fields.row_scales]
     reciprocals = [torch.empty(rows, 1, device=x.device) for _ in row_scales]
     measuring = padded, finite, weight, row_scales, reciprocals
-    quantizing = padded, finite, reciprocals, *scale, offset, fields.planes
+    quantizing = padded, finite, reciprocals, own(tables.scale, 1.0), offset, fields.planes
     if resolved == "compiled":
         # By themselves: in one loop with 16-bit integers a compiler would not vectorize the steps.
         run_compiled(measure_rows_definition, format, features, *measuring)
