@@ -7,6 +7,7 @@ from megacomp.collectives import operators  # noqa: F401 -- registers torch.ops.
 from megacomp.collectives.all_gather import all_gather
 from megacomp.collectives.all_reduce import all_reduce
 from megacomp.collectives.all_reduce_norm import all_reduce_norm
+from megacomp.collectives.message import CollectiveError
 from megacomp.collectives.reduce_scatter import reduce_scatter
 from megacomp.collectives.route import Algorithm, Route, choose_algorithm, choose_chunks
 from megacomp.collectives.simulated import simulated_all_reduce
@@ -17,6 +18,7 @@ from megacomp.collectives.traffic import Collective, Traffic, payload_ratio, wir
 __all__ = [
     "Algorithm",
     "Collective",
+    "CollectiveError",
     "Route",
     "SimulatedGroup",
     "SimulatedRanks",
