@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megacomp.launch.errors import LaunchError
+from megacomp.launch.files import replacing
 
 END = "<!-- end of table -->"
 
@@ -19,4 +20,5 @@ def replace_table(path: Path, module: str, text: str) -> None:
     _, ended, tail = rest.partition(END)
     if not (found and ended):
         raise LaunchError(f"{path} has no place for the table: {begin} ... {END}")
-    path.write_text(f"{head}{begin}\n{text}\n{END}{tail}", encoding="utf-8")
+    with replacing(path) as file:
+        file.write(f"{head}{begin}\n{text}\n{END}{tail}".encode())

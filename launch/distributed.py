@@ -54,8 +54,8 @@ def ensure_ranks(tp: int | None, module: str, arguments: Sequence[str]) -> int:
     """The tensor-parallel size to run at, once there are that many ranks.
 
     Under a launcher that is its world size, which `tp` must equal if given. Without one, `tp` ranks (default
-    1): more than one replaces this process by `deepspeed --num_gpus tp --module module arguments` and does
-    not return.
+    1): more than one replaces this process by `deepspeed --num_gpus tp --module module arguments` (`launcher.py`) and
+    does not return.
 
     Raises LaunchError on a mismatch, without the deepspeed launcher, or with fewer GPUs than ranks.
     """
@@ -141,7 +141,7 @@ def _relaunch(tp: int, module: str, arguments: Sequence[str]) -> NoReturn:
     options = ["--num_gpus", str(tp), "--master_port", str(_free_port()), "--hostfile", os.devnull]
     if Version(metadata.version("deepspeed")) >= Version("0.18"):
         options.append("--quiet")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+    command = [sys.executable, "-m", "megacomp.launch.launcher", *options]
     command += ["--no_local_rank", "--module", module, *arguments]
     sys.stdout.flush()
     sys.stderr.flush()

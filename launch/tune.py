@@ -197,7 +197,8 @@ def _chart(tuning: Tuning, routes: Sequence[Route], plans: Sequence[Plan], path:
     axes.set_title(f"all_reduce among {tuning.key.world_size} ranks over {tuning.key.backend}: {tuning.key.hardware}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
     pyplot.close(figure)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megacomp.agreement import AgreementError
     from megacomp.calibration import Calibration, CalibrationError
     from megacomp.codecs import CodecError
+    from megacomp.collectives import CollectiveError
     from megacomp.collectives.functional import all_gather, all_reduce, all_reduce_norm, reduce_scatter
     from megacomp.config import Config, ConfigError
     from megacomp.gptq import CheckpointError
@@ -28,6 +29,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "CodecError",
+    "CollectiveError",
     "Config",
     "ConfigError",
     "Installation",
@@ -50,6 +52,7 @@ _HOMES = {
     "CalibrationError": "megacomp.calibration",
     "CheckpointError": "megacomp.gptq",
     "CodecError": "megacomp.codecs",
+    "CollectiveError": "megacomp.collectives",
     "Config": "megacomp.config",
     "ConfigError": "megacomp.config",
     "Installation": "megacomp.installation",

@@ -45,10 +45,19 @@ def agree(mine: Mapping[str, str] | Exception, group: dist.ProcessGroup | None) 
     mine: a `statement`, or the exception that kept this rank from making one.
 
     Raises that exception on this rank, and AgreementError on every other. Raises AgreementError on every rank
-    if statements differ, naming each setting that does, its values, and the ranks that hold them.
+    if statements differ, naming each setting that does, its values, and the ranks that hold them; and on those
+    that cannot reach the others within the group's timeout.
     """
     told: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(told, f"{type(mine).__name__}: {mine}" if isinstance(mine, Exception) else mine, group)
+    try:
+        dist.all_gather_object(told, f"{type(mine).__name__}: {mine}" if isinstance(mine, Exception) else mine, group)
+    except RuntimeError as error:
+        if isinstance(mine, Exception):
+            raise mine from error
+        ranks = _ranks(dist.get_process_group_ranks(group))
+        raise AgreementError(
+            f"rank {dist.get_rank()} cannot compare its configuration of megacomp with those {ranks}: {error}"
+        ) from error
     if isinstance(mine, Exception):
         raise mine
     said = dict(zip(dist.get_process_group_ranks(group), told, strict=True))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megacomp import collectives
 from megacomp.agreement import agree, differences, statement
-from megacomp.collectives import DeferredPartial, SimulatedGroup, materialized
+from megacomp.collectives import CollectiveError, DeferredPartial, SimulatedGroup, materialized
 from megacomp.collectives.links import all_gather_single, reduce_scatter_single
 from megacomp.collectives.message import as_matrix
 from megacomp.config import SECTION, ConfigError, load, read
@@ -121,6 +121,7 @@ class Door:
         self._wire_bytes = lru_cache(maxsize=4096)(collectives.wire_bytes)
         self._agreed_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
         self._agreed_ranks: set[frozenset[int]] = set()
+        self._failed_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
         self._open = True
 
     def close(self) -> None:
@@ -193,10 +194,13 @@ class Door:
     def agree(self, group: dist.ProcessGroup) -> None:
         """Compare configurations with the other ranks of `group`, unless that has been done.
 
-        All ranks of the group must come here. Raises AgreementError on each of them if they differ.
+        All ranks of the group must come here. Raises AgreementError on each of them if they differ, and
+        CollectiveError if a message has failed on this rank before.
         """
         if group in self._agreed_groups:
             return
+        if (failure := self._failed_groups.get(group)) is not None:
+            raise CollectiveError(f"this process group has failed before; install again over a new one: {failure}")
         ranks = frozenset(dist.get_process_group_ranks(group))
         if len(ranks) > 1 and not any(ranks <= agreed for agreed in self._agreed_ranks):
             agree(self.statement(), group)
@@ -228,8 +232,9 @@ class Door:
 
         A message that cannot be compressed raises nothing. AgreementError, on every rank, if this is the
         first message of a group whose ranks have not compared their configurations yet and they differ.
-        Errors of the communication itself are passed on, as the original collective would: a rank that fell
-        back to it alone would leave the others waiting.
+        CollectiveError, which names site and rank, for what fails on the way, as where a peer is gone or memory runs
+        out: a rank that fell back to the original collective alone would leave the others waiting. From then on
+        every message of the group fails, for what its peers have sent might be taken for what they send next.
         """
         if not self._open:
             return None
@@ -239,6 +244,29 @@ class Door:
             return None
         site, grad_enabled = visit
         self.agree(group)
+        try:
+            return self._take(site, grad_enabled, collective, tensor, group, even)
+        except BaseException as error:
+            if isinstance(group, SimulatedGroup):
+                raise  # they share this process, and nobody waits
+            cause = str(error) if isinstance(error, CollectiveError) else f"{type(error).__name__}: {error}"
+            failure = f"{collective} at {site.name} failed on rank {dist.get_rank()}: {cause}"
+            self._agreed_groups.discard(group)
+            self._failed_groups[group] = failure
+            if isinstance(error, Exception):
+                raise CollectiveError(failure) from error
+            raise
+
+    def _take(
+        self,
+        site: Site,
+        grad_enabled: bool,
+        collective: Collective,
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        even: bool,
+    ) -> torch.Tensor | None:
+        """The result of a message of `site`, or None if it is not compressed."""
         if type(tensor) not in (torch.Tensor, DeferredPartial):
             self._decline(site, Decline.SUBCLASS, group)
             return None

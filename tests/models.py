@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -31,11 +32,16 @@ class _Norm:
 
 @contextmanager
 def megatron_gpt(
-    *, sequence_parallel: bool = False, linears: Mapping[str, type] | None = None, **settings: Any
+    *,
+    sequence_parallel: bool = False,
+    linears: Mapping[str, type] | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+    **settings: Any,
 ) -> Iterator[torch.nn.Module]:
     """A Megatron GPTModel split over all ranks of the default group, weights frozen.
 
     linears: classes to build in the place of "ColumnParallelLinear" and "RowParallelLinear" inside of layers.
+    timeout: of its process groups.
     settings: of its TransformerConfig.
 
     What it needs of CUDA is stood in for until the end of the block; leaving it resets Megatron's state.
@@ -49,7 +55,10 @@ def megatron_gpt(
         mock.patch("torch.cuda.current_device", lambda: "cpu"),
         mock.patch("megatron.core.transformer.transformer_block.LayerNormImpl", _Norm),
     ):
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+        minutes: Any = timeout / timedelta(minutes=1)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=dist.get_world_size(), distributed_timeout_minutes=minutes
+        )
         try:
             model_parallel_cuda_manual_seed(3, inference_rng_tracker=True)
             usual: dict[str, Any] = {

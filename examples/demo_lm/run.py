@@ -153,7 +153,8 @@ def _chart(rows: list[Row], path: Path) -> None:
     axes.set_title(f"Demo model, TP {rows[0].tp}: what compressed reductions cost")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
     pyplot.close(figure)
 
 

@@ -8,6 +8,7 @@ from megacomp.collectives.all_gather import all_gather
 from megacomp.collectives.all_reduce import all_reduce
 from megacomp.collectives.all_reduce_norm import all_reduce_norm
 from megacomp.collectives.deferred import DeferredPartial, materialized
+from megacomp.collectives.message import CollectiveError
 from megacomp.collectives.reduce_scatter import reduce_scatter
 from megacomp.collectives.route import Algorithm, Route, choose_algorithm, choose_chunks
 from megacomp.collectives.simulated import simulated_all_reduce
@@ -18,6 +19,7 @@ from megacomp.collectives.traffic import Collective, Traffic, payload_ratio, wir
 __all__ = [
     "Algorithm",
     "Collective",
+    "CollectiveError",
     "DeferredPartial",
     "Route",
     "SimulatedGroup",

@@ -20,7 +20,7 @@ import torch
 
 from megacomp.collectives import workspace
 from megacomp.collectives.deferred import DeferredPartial
-from megacomp.collectives.links import link_for
+from megacomp.collectives.links import CHANNELS, link_for
 from megacomp.collectives.message import Peers, as_matrix
 from megacomp.collectives.partition import consecutive, runs, split
 from megacomp.collectives.trace import Trace, measured
@@ -74,6 +74,16 @@ def sums_buffer(rows: int, features: int, device: torch.device) -> torch.Tensor 
     return workspace.take("sums", [shape], device)[0].view(torch.float32)
 
 
+def _channel(rows: int, features: int, lane: int) -> int:
+    """Another one for every other message shape, within reason, and for each of its lanes.
+
+    gloo ends the process that receives more than it expected, and of as many bytes in another shape nobody would know.
+    In a channel of its own such a message arrives nowhere, and whoever waits for another has an error in time. Of as
+    many features, any two numbers of rows below 131,072 differ: the factor is odd.
+    """
+    return (2 * (40_503 * rows + features) + lane) % CHANNELS
+
+
 class _Hop(ABC):
     """What both hops share: a codec, a link, and for each chunk the wires of all peers."""
 
@@ -98,7 +108,7 @@ class _Hop(ABC):
         self._row_bytes = codec.row_bytes(features)
         self._device = device
         self._trace = trace
-        self._link = link_for(peers, device, self.lane)
+        self._link = link_for(peers, device, _channel(pieces[-1][-1].stop, features, self.lane))
         self._wires = self._expect()
 
     @abstractmethod

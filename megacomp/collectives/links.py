@@ -8,16 +8,19 @@ The wires of a chunk are uint8[peers, rows, row_bytes]; peer p fills the first c
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.message import Peers
+from megacomp.collectives.message import CollectiveError, Peers
 
-# Away from the tags a program would use for messages of its own, and below 32768, all that MPI promises.
-_FIRST_TAG = 0x6D00
+# Tags have 31 bits: one that keeps away from those a program would use for messages of its own, then the channel, then
+# the chunk. Chunks beyond begin anew, for messages of one tag are received in the order in which they were sent.
+_OWN_TAGS = 1 << 30
+_CHUNK_BITS = 12
+CHANNELS = 1 << 18
 
 # torch 2.13 renamed them; the older names warn there.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,6 +52,8 @@ class Link(Protocol):
 class PointToPointLink:
     """Messages between pairs of ranks: the fast way of gloo.
 
+    Raises CollectiveError where a peer is gone, or silent for longer than the group's timeout, and names it.
+
     All receives are posted before the first send: gloo then moves each message as soon as it is sent, on its
     own threads, where a send that finds no receive waits for one and halves the bandwidth of a slow link.
     Sends start with the next rank, so that no rank is everyone's first target. Once a chunk is sent, a thread of gloo
@@ -57,24 +62,22 @@ class PointToPointLink:
 
     delivers_own = False
 
-    def __init__(self, peers: Peers, lane: int) -> None:
-        """lane: tells the messages of hops in flight at the same time apart; 0 or 1."""
+    def __init__(self, peers: Peers, channel: int) -> None:
+        """channel: below CHANNELS; a message is received only where the same is expected."""
         self._group = peers.group
         self._rank = peers.rank
-        self._lane = lane
+        self._first_tag = _OWN_TAGS | channel << _CHUNK_BITS
         others = [(peers.rank + step) % peers.world_size for step in range(1, peers.world_size)]
         global_ranks = dist.get_process_group_ranks(peers.group)
         self._global_ranks = {peer: global_ranks[peer] for peer in others}
-        self._receives: dict[int, list[dist.Work]] = {}
-        self._sends: list[dist.Work] = []
+        self._receives: dict[int, list[tuple[int, dist.Work]]] = {}
+        self._sends: list[tuple[int, dist.Work]] = []
 
     def expect(self, chunk: int, wires: torch.Tensor, counts: Sequence[int]) -> None:
         self._receives[chunk] = []
-        for peer, global_rank in self._global_ranks.items():
+        for peer in self._global_ranks:
             if counts[peer]:
-                place = wires[peer, : counts[peer]]
-                work = dist.irecv(place, global_rank, self._group, self._tag(chunk))
-                self._receives[chunk].append(_posted(work))
+                self._receives[chunk].append(self._posted(dist.irecv, chunk, wires[peer, : counts[peer]], peer))
 
     def gather(self, chunk: int, wires: torch.Tensor, counts: Sequence[int]) -> None:
         own = wires[self._rank, : counts[self._rank]]
@@ -89,20 +92,34 @@ class PointToPointLink:
         os.sched_yield()
 
     def wait(self, chunk: int) -> None:
-        for work in self._receives.pop(chunk):
-            work.wait()
+        for peer, work in self._receives.pop(chunk):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                what = f"nothing of the shape expected came from rank {self._global_ranks[peer]}"
+                raise CollectiveError(f"{what}: {error}") from error
 
     def close(self) -> None:
-        for work in self._sends:
-            work.wait()
+        for peer, work in self._sends:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise CollectiveError(f"rank {self._global_ranks[peer]} took nothing: {error}") from error
 
     def _send(self, chunk: int, message: torch.Tensor, peer: int) -> None:
         if message.shape[0]:
-            work = dist.isend(message, self._global_ranks[peer], self._group, self._tag(chunk))
-            self._sends.append(_posted(work))
+            self._sends.append(self._posted(dist.isend, chunk, message, peer))
 
-    def _tag(self, chunk: int) -> int:
-        return _FIRST_TAG + 2 * chunk + self._lane
+    def _posted(
+        self, begin: Callable[..., dist.Work | None], chunk: int, message: torch.Tensor, peer: int
+    ) -> tuple[int, dist.Work]:
+        tag = self._first_tag | chunk % (1 << _CHUNK_BITS)
+        try:
+            work = begin(message, self._global_ranks[peer], self._group, tag)
+        except RuntimeError as error:
+            raise CollectiveError(f"rank {self._global_ranks[peer]} cannot be reached: {error}") from error
+        assert work is not None  # torch.distributed gives None to ranks outside the group only: refused at entry
+        return peer, work
 
 
 class CollectiveLink:
@@ -150,12 +167,9 @@ class CollectiveLink:
         pass
 
 
-def _posted(work: dist.Work | None) -> dist.Work:
-    """torch.distributed gives None to ranks outside the group only, and those were refused at entry."""
-    assert work is not None
-    return work
+def link_for(peers: Peers, device: torch.device, channel: int) -> Link:
+    """The link for tensors of `device`: point to point on the CPU, collectives on an accelerator.
 
-
-def link_for(peers: Peers, device: torch.device, lane: int) -> Link:
-    """The link for tensors of `device`: point to point on the CPU, collectives on an accelerator."""
-    return PointToPointLink(peers, lane) if device.type == "cpu" else CollectiveLink(peers)
+    channel: below CHANNELS; tells messages apart that could be taken for one another.
+    """
+    return PointToPointLink(peers, channel) if device.type == "cpu" else CollectiveLink(peers)

@@ -11,6 +11,13 @@ from torch.distributed import distributed_c10d
 from megacomp.codecs import DTYPES
 
 
+class CollectiveError(RuntimeError):
+    """A message did not get through; says which rank's part is missing, as far as that is known, and why.
+
+    From a patched layer it names the site, too, and the rank that raises it. What raised it is its cause.
+    """
+
+
 class Peers(NamedTuple):
     """A process group as this rank sees it; `rank` counts within the group."""
 

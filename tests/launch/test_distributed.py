@@ -56,7 +56,7 @@ def test_more_ranks_replace_the_process_by_the_deepspeed_launcher(bare: pytest.M
         _ensure(2)
     ((program, command, environment),) = seen
     assert program == command[0] == sys.executable
-    assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    assert command[1:5] == ["-m", "megacomp.launch.launcher", "--num_gpus", "2"]
     assert command[command.index("--module") :] == ["--module", "megacomp.launch.eval", "--model", "m", "--tp", "2"]
     assert 0 < int(command[command.index("--master_port") + 1]) < 65536
     if not torch.cuda.is_available():
