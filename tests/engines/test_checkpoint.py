@@ -57,7 +57,7 @@ def test_folders_without_usable_weights(folder: Path, tmp_path_factory: pytest.T
     with pytest.raises(LaunchError, match="damaged safetensors"):
         Checkpoint(empty)
     (folder / "two.safetensors").unlink()
-    with pytest.raises(LaunchError, match=r"names two.safetensors, which is missing"):
+    with pytest.raises(LaunchError, match=r"names 'two.safetensors', which is missing"):
         Checkpoint(folder)
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(LaunchError, match="is not an index"):
