@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,8 +27,8 @@ pytest.importorskip("megatron.core")
 
 RANKS = 4
 VICTIM = 2
-TIMEOUT = 2.0
-"""Of the process group, in seconds."""
+TIMEOUT = 6.0
+"""Of the process groups, in seconds: longer than a busy machine keeps a healthy rank waiting."""
 SLACK = 10.0
 """A machine that is busy with four ranks on two cores: an error comes within the timeout and so much more."""
 
@@ -46,8 +45,6 @@ def _killed() -> None:
 
 
 def _stalled() -> None:
-    """Stand still for twice the timeout: until another process wakes this one up."""
-    subprocess.Popen(["sh", "-c", f"sleep {2 * TIMEOUT}; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -147,28 +144,17 @@ def _assert_ended(results: list[dict[str, Any]]) -> None:
             assert result["seconds"] < TIMEOUT + SLACK
 
 
-def test_a_rank_that_stalls(ranks: RankPool) -> None:
-    results = ranks.run(_serve, "two_shot", _stalled, world_size=RANKS)
+def test_a_rank_out_of_memory_in_encode(ranks: RankPool) -> None:
+    results = ranks.run(_serve, "one_shot", _out_of_memory, world_size=RANKS)
     _assert_ended(results)
     for rank in {0, 1, 3}:
         assert f"came from rank {VICTIM}: " in results[rank]["error"]
-        assert "Timed out" in results[rank]["error"]
+    assert results[VICTIM]["cause"] == "OutOfMemoryError"
+    assert "OutOfMemoryError: Tried to allocate 20.00 GiB" in results[VICTIM]["error"]
 
 
-@pytest.mark.parametrize("fault", [_out_of_memory, _out_of_host_memory])
-def test_a_rank_out_of_memory_in_encode(ranks: RankPool, fault: Callable[[], None]) -> None:
-    results = ranks.run(_serve, "one_shot", fault, world_size=RANKS)
-    _assert_ended(results)
-    for rank in {0, 1, 3}:
-        assert f"came from rank {VICTIM}: " in results[rank]["error"]
-    cause = "OutOfMemoryError" if fault is _out_of_memory else "MemoryError"
-    assert results[VICTIM]["cause"] == cause
-    assert f"{cause}: " in results[VICTIM]["error"] and "20" in results[VICTIM]["error"]
-
-
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_a_rank_with_another_message_shape(ranks: RankPool, algorithm: str) -> None:
-    results = ranks.run(_serve, algorithm, None, world_size=RANKS)
+def test_a_rank_with_another_message_shape(ranks: RankPool) -> None:
+    results = ranks.run(_serve, "two_shot", None, world_size=RANKS)
     _assert_ended(results)
     for rank in {0, 1, 3}:
         assert f"nothing of the shape expected came from rank {VICTIM}: " in results[rank]["error"]
@@ -183,7 +169,7 @@ def _tries_again() -> list[str]:
     door.learn({layer: Site("here")})
     door.agree(group)
     said = []
-    failing = mock.patch.object(BlockCodec, "encode", lambda *_, **__: _out_of_memory())
+    failing = mock.patch.object(BlockCodec, "encode", lambda *_, **__: _out_of_host_memory())
     with torch.no_grad(), failing if dist.get_rank() == 0 else nullcontext():
         for _ in range(2):
             with pytest.raises(megacomp.CollectiveError) as caught:
@@ -197,6 +183,8 @@ def test_after_a_failure_the_group_is_of_no_further_use(ranks: RankPool) -> None
     for rank, (first, again) in enumerate(ranks.run(_tries_again)):
         assert first.startswith(f"all_reduce at here failed on rank {rank}: ")
         assert "this process group has failed before" in again and first in again
+        if rank == 0:
+            assert "MemoryError: cannot allocate 20 GiB" in first
 
 
 def _installs_alone(how: str) -> str | None:
@@ -226,21 +214,23 @@ def test_a_rank_that_never_installs(ranks: RankPool) -> None:
     assert "rank 0 cannot compare its configuration of megacomp with those on ranks 0, 1: " in error
 
 
-def _serve_until_killed() -> None:
+def _serve_until_the_end(fault: Callable[[], None]) -> None:
     with (
         _model() as model,
         torch.no_grad(),
-        megacomp.install(_section("one_shot"), model=model),
-        _at_the_site(model, _killed),
+        megacomp.install(_section("two_shot"), model=model),
+        _at_the_site(model, fault),
     ):
         megatron_logits(model, tokens())
 
 
-def test_a_rank_killed_in_the_middle_of_a_forward(ranks: RankPool) -> None:
-    with pytest.raises(RankError) as caught:
-        ranks.run(_serve_until_killed, world_size=RANKS)
-    said = str(caught.value)
-    assert "exit code -9" in said
+@pytest.mark.parametrize("fault", [_killed, _stalled])
+def test_a_rank_killed_or_stalled_in_the_middle_of_a_forward(ranks: RankPool, fault: Callable[[], None]) -> None:
+    with pytest.raises((RankError, megacomp.CollectiveError)) as caught:
+        ranks.run(_serve_until_the_end, fault, world_size=RANKS, timeout=60)
+    error = caught.value
+    said = str(error if isinstance(error, RankError) else error.__cause__)
+    assert ("exit code -9" if fault is _killed else "still waiting for the others") in said
     for rank in {0, 1, 3}:
         assert (
             f"all_reduce at {SITE} failed on rank {rank}: nothing of the shape expected came from rank {VICTIM}" in said
