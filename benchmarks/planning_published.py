@@ -1,25 +1,27 @@
-"""`megacomp plan`'s model beside published measurements; writes the table of docs/planning.md.
+"""`megacomp plan`'s model beside published measurements and our own; writes the table of docs/planning.md.
 
 python -m benchmarks.planning_published --write docs/planning.md
 
 One set of constants (launch/hardware.py) for all rows. Where a publication's setting is not known in full, what was
-assumed is said in the row.
+assumed is said in the row. Our own are those of benchmarks.ttft_link, as committed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks import ttft_link
 from benchmarks.markdown import replace_table
 from megacomp import codecs
 from megacomp.collectives import Route
 from megacomp.launch.engines.architecture import Architecture
-from megacomp.launch.hardware import GPUS, LINKS, Gpu, Link
+from megacomp.launch.hardware import GPUS, LINKS, MEMORY_SHARE, Gpu, Link
 from megacomp.launch.planning import (
     VALUE_BYTES,
     System,
@@ -32,6 +34,8 @@ from megacomp.launch.planning import (
 )
 
 Spec = str | Mapping[str, object]
+
+RESULTS = Path(__file__).parent / "results"
 
 MIB = 2**20
 FEATURES = 8192
@@ -53,6 +57,12 @@ MI300X = Gpu("AMD Instinct MI300X", 1307, 5300, 192, 40.9, "")
 INFINITY_FABRIC = {peers: Link("Infinity Fabric", 48.0 * peers, "nvlink") for peers in (1, 3)}
 # NVIDIA L40 data sheet: 181 TFLOPS bf16, 864 GB/s, 48 GB, PCIe Gen4 x16; 142 SMs to 2.49 GHz.
 L40 = Gpu("NVIDIA L40", 181, 864, 48, 45.3, "pcie4")
+
+# A core that encodes and decodes as benchmarks.codec finds mxfp4: 2.5 bytes per value at 2.8 GB/s. Links up to 1 Gbit/s
+# hide all of it but the ends.
+CORE = Gpu("a core of a CPU", 0.1, 2.8 / MEMORY_SHARE, None, 1.0, "")
+FASTEST_FOR_CORE = 1000.0
+"""Mbit/s: beyond, codecs and gloo compete for the cores, and the model knows no CPU."""
 
 INT4_FP16_32 = {"format": "int", "bits": 4, "block_size": 32, "scale": "fp16"}
 INT4_128 = {"format": "int", "bits": 4, "block_size": 128, "scale": "bf16", "symmetric": False}
@@ -164,7 +174,27 @@ def rows() -> list[Row]:
             ),
             "4,096 tokens",
         ),
+        *_shaped_links(),
     ]
+
+
+def _shaped_links() -> Iterator[Row]:
+    """All_reduces over links of a chosen rate, which benchmarks.ttft_link measured."""
+    results = json.loads((RESULTS / "ttft-link.json").read_text())
+    features = results["model"]["hidden"]
+    for (ranks, mbit), alone in ttft_link.collectives(results).items():
+        if mbit > FASTEST_FOR_CORE:
+            continue
+        # As LINKS has Ethernet: 94 % of the bits are payload.
+        system = System(CORE, Link("shaped", 0.94 * mbit / 8000, "network", hop_us=30), ranks)
+        size = alone["bytes"]
+        route = Route(codecs.get(results["codec"]), algorithm=alone["algorithm"])
+        plain = all_reduce_s(system, size)
+        compressed = compressed_s(system, route, size // (features * VALUE_BYTES), features)
+        source, what = f"ours, {ranks} CPU ranks, {mbit:g} Mbit/s", f"plain, {size // MIB} MiB"
+        median = alone["median_ms"]["plain"]
+        yield Row(source, what, "ms", (median, median), 1e3 * plain)
+        yield Row(source, f"{results['codec']}, the same", "x", (alone["speedup"], alone["speedup"]), plain / compressed)
 
 
 def _system(gpu: str, ranks: int) -> System:

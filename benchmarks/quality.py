@@ -80,10 +80,13 @@ def choices(features: int) -> list[codecs.Codec]:
         {"preset": "static4", "bits": 3},
         "static4_paper",
         "static4",
+        {"preset": "static4", "outlier_features": 1 / 16},
         "mxfp4",
         {"preset": "int4", "block_size": 64, "rotation": rotation},
         {"preset": "int4", "rotation": rotation},
         {"preset": "static4", "bits": 5},
+        {"preset": "static4", "bits": 5, "outlier_features": 1 / 16},
+        {"preset": "static4", "bits": 6},
         "int6",
         "int8",
     ]

@@ -215,7 +215,6 @@ def main(
         verdict = "reached" if reached >= wanted else "missed"
         console.print(f"{aim}: {reached:.2f}, aimed at {wanted:.2f}: {verdict}", highlight=False)
     if chart is not None:
-        chart.parent.mkdir(parents=True, exist_ok=True)
         _chart(results, chart)
     if write is not None:
         replace_table(write, "benchmarks.ttft_link", _markdown(results))

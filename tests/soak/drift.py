@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import megacomp
 from megacomp import codecs
-from megacomp.launch import engines
+from megacomp.launch import calibration, engines
 from megacomp.launch.engines import Engine
 
 MODULES = ("attention", "mlp")
@@ -35,8 +35,9 @@ class Mix(NamedTuple):
     chunks: int = 1
     more: dict[str, Any] = {}  # noqa: RUF012 -- never written to
 
-    def section(self, backend: str) -> dict[str, Any]:
+    def section(self, backend: str, calibrated: Path | None = None) -> dict[str, Any]:
         communication = {
+            "calibration": None if calibrated is None else str(calibrated),
             "codec": self.mlp,
             "gather_codec": self.gather,
             "algorithm": self.algorithm,
@@ -54,7 +55,10 @@ MIXES = [
     Mix(None, {"preset": "int4", "rotation": 32}),
     Mix("nvfp4", "int8", algorithm="two_shot", chunks=2, more={"guard": {"every": 5, "min_sqnr_db": 1}}),
     Mix({"preset": "int4", "rotation": 32}, "mxfp6_e2m3", more={"telemetry": {"sqnr_every": 7}}),
+    Mix("static4", "static4_paper"),
+    Mix("mxfp4", "static4", algorithm="two_shot", chunks=2),
 ]
+STATIC = ("static4", "static4_paper")
 
 
 @torch.no_grad()
@@ -80,11 +84,12 @@ def generate(
         _digest(built) as seen,
     ):
         vocabulary, layers = built.hf_config.vocab_size, built.hf_config.num_hidden_layers
+        calibrated = _calibrate(built, folder / f"calibration-{engine}-{dist.get_world_size()}")
         started = time.monotonic()
         for step in range(steps):
             if step % period == 0:
                 mix = MIXES[step // period % len(MIXES)]
-                installation = megacomp.install(mix.section(backend), model=built.module)
+                installation = megacomp.install(mix.section(backend, calibrated), model=built.module)
                 shapes = []
             if left == 0:
                 generator = torch.Generator().manual_seed(draw.getrandbits(32))
@@ -137,6 +142,16 @@ def reinstall(folder: Path, engine: str, times: int, warm_up: int) -> dict[str, 
         "objects": objects,
         "resident_mib": memory,
     }
+
+
+def _calibrate(engine: Engine, path: Path) -> Path:
+    """Tables for STATIC in the file."""
+    tokens = torch.randint(engine.hf_config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    made = calibration.calibrate(engine, tokens, [codecs.get(name) for name in STATIC], "random")
+    if dist.get_rank() == 0:
+        calibration.write(made, path)
+    dist.barrier()
+    return path
 
 
 @contextmanager
