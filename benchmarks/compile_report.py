@@ -38,7 +38,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.markdown import replace_table
 from megacomp import codecs
-from megacomp.launch import files, kernel_bench
+from megacomp.launch import files
+from megacomp.launch.made_up import with_tables
 from megacomp.version import __version__
 
 CODECS: tuple[str | dict[str, Any], ...] = (
@@ -142,7 +143,7 @@ def captured_launches(architecture: int) -> Iterator[list[Launch]]:
 
 def compile_case(case: Case) -> list[Launch]:
     """The launches of a case; more than one where an operation takes several steps."""
-    codec = kernel_bench.made_up(codecs.get(_spec(case.codec), backend="triton"), case.peers, case.features)
+    codec = with_tables(codecs.get(_spec(case.codec), backend="triton"), case.peers, case.features)
     value_dtype = getattr(torch, case.dtype)
 
     def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:

@@ -192,9 +192,9 @@ def _shaped_links() -> Iterator[Row]:
         plain = all_reduce_s(system, size)
         compressed = compressed_s(system, route, size // (features * VALUE_BYTES), features)
         source, what = f"ours, {ranks} CPU ranks, {mbit:g} Mbit/s", f"plain, {size // MIB} MiB"
-        median = alone["median_ms"]["plain"]
+        median, speedup = alone["median_ms"]["plain"], alone["speedup"]
         yield Row(source, what, "ms", (median, median), 1e3 * plain)
-        yield Row(source, f"{results['codec']}, the same", "x", (alone["speedup"], alone["speedup"]), plain / compressed)
+        yield Row(source, f"{results['codec']}, the same", "x", (speedup, speedup), plain / compressed)
 
 
 def _system(gpu: str, ranks: int) -> System:
@@ -240,9 +240,9 @@ def _forward(architecture: Architecture, system: System, prompt: int) -> tuple[f
 
 
 def table() -> str:
-    """The markdown table: published, model, error."""
+    """The markdown table: measured, model, error."""
     lines = [
-        "| publication | figure | published | model | error | assumed |",
+        "| source | figure | measured | model | error | assumed |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows():
@@ -250,7 +250,7 @@ def table() -> str:
         if low == 0:
             published = f"below {high:g} x"
         else:
-            published = f"{low:g}" + ("" if low == high else f" to {high:g}") + f" {row.unit}"
+            published = f"{low:.4g}" + ("" if low == high else f" to {high:.4g}") + f" {row.unit}"
         model = f"{row.model:.2f}" if row.unit == "x" else f"{row.model:.4g}"
         error = f"{row.error:+.0%}"
         lines.append(f"| {row.source} | {row.what} | {published} | {model} {row.unit} | {error} | {row.assumed} |")

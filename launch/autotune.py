@@ -19,7 +19,8 @@ import torch.distributed as dist
 from megacomp import codecs
 from megacomp.collectives import Algorithm, Route, all_reduce, choose_algorithm, choose_chunks
 from megacomp.config import Communication, Config, Rule
-from megacomp.launch.measure import partial, slowest, synchronize
+from megacomp.launch.made_up import partial, route_with_tables
+from megacomp.launch.measure import slowest, synchronize
 from megacomp.tuning import CodecTuning, SizeTuning, Timing
 
 SMALLEST_BYTES = 1024
@@ -127,6 +128,7 @@ def tune(
 ) -> list[CodecTuning]:
     """The times of every codec of `routes` at every size, plain in alternation with the ways that are quick.
 
+    Static codecs are measured with made-up tables, on which times do not depend.
     done: called after each codec and size.
     Raises Rejected, on every rank and before it is timed, for a way whose result is not that of the definition.
     """
@@ -140,6 +142,7 @@ def tune(
 
 
 def _tune_size(route: Route, message: Message, ranks: Ranks, repeats: int) -> SizeTuning:
+    route = route_with_tables(route, ranks.world_size, message.features)
     ways = candidates(route, message, ranks.world_size, ranks.device)
     for way in ways:
         if not ranks.verify(message, way):
@@ -235,10 +238,9 @@ class GroupRanks:
 
     def _definition(self, message: Message, route: Route) -> torch.Tensor:
         """The result's rows, up to `PATTERN_ROWS`, by the uncompiled definition on the CPU."""
-        codec, gather = (
-            codecs.get(dict(given.spec), backend="reference") for given in (route.codec, route.second_codec)
-        )
-        wires = torch.stack([codec.encode(_pattern(message, rank)) for rank in range(self.world_size)])
+        codec, gather = (given.with_backend("reference") for given in (route.codec, route.second_codec))
+        partials = [_pattern(message, rank) for rank in range(self.world_size)]
+        wires = torch.stack([codec.sender(rank).encode(x) for rank, x in enumerate(partials)])
         if route.algorithm == "one_shot":
             return codec.decode_sum(wires, message.features, message.dtype)
         sums = codec.decode_sum(wires, message.features, torch.float32)

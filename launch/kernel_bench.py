@@ -8,7 +8,6 @@ launch costs does. Contenders alternate, graph by graph, so that clocks that dri
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import json
 import math
@@ -27,16 +26,16 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from megacomp import codecs
 from megacomp.codecs import BlockCodec, Codec, StaticCodec
-from megacomp.kernels import StaticFormat, StaticTables
+from megacomp.kernels import StaticTables
 from megacomp.kernels import launch_config as launching
 from megacomp.kernels.block_format import BlockFormat, WireFields
 from megacomp.kernels.decode_sum import decode_sum_definition
 from megacomp.kernels.encode import encode_definition
 from megacomp.kernels.launch_config import LaunchConfig, Measurement
 from megacomp.kernels.packing import pieces_per_block
+from megacomp.launch.made_up import OUTLIER_EVERY, OUTLIER_GAIN, with_tables
 
 MIB = 2**20
-OUTLIER_EVERY, OUTLIER_GAIN = 97, 30.0
 RELATIVE_ERROR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
 """The most a sum may differ from the one in float64, in norm: a unit in the last place, and the float32 sums'
 own error with rotations."""
@@ -45,27 +44,6 @@ own error with rotations."""
 def codec_of(spec: str, backend: str = "auto") -> Codec:
     """The codec of a preset's name or of a JSON object; ValueError if there is none."""
     return codecs.get(json.loads(spec) if spec.startswith("{") else spec, backend=backend)
-
-
-def made_up(codec: Codec, ranks: int, features: int) -> Codec:
-    """``codec``; a static one with tables for normal values, every ``OUTLIER_EVERY``th feature larger."""
-    if not isinstance(codec, StaticCodec):
-        return codec
-    return codec.calibrated(_tables(codec.format, ranks, features), _tables(codec.format, 1, features))
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(format: StaticFormat, ranks: int, features: int) -> StaticTables:
-    feature = torch.arange(features)
-    gain = torch.where(feature % OUTLIER_EVERY == 0, OUTLIER_GAIN, 1.0) * torch.linspace(1, 1.5, ranks)[:, None]
-    scale = gain * ((1 if format.row_scale else 4) / format.zero_code)
-    largest_first = sorted(range(features), key=lambda feature: feature % OUTLIER_EVERY != 0)
-    return StaticTables(
-        scale,
-        scale / 2 if format.asymmetric else None,
-        1 / gain if format.row_scale else None,
-        torch.tensor(sorted(largest_first[: format.outliers(features)]), dtype=torch.int64),
-    )
 
 
 def _decoder(codec: Codec, rank: int) -> Codec:
@@ -100,7 +78,7 @@ class Case:
 
     def codec(self, backend: str) -> Codec:
         """The codec, with tables if it needs some."""
-        return made_up(codec_of(self.spec, backend), self.peers, self.features)
+        return with_tables(codec_of(self.spec, backend), self.peers, self.features)
 
     @property
     def message_bytes(self) -> int:

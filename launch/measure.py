@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,7 @@ from megacomp.collectives import (
     payload_ratio,
     wire_bytes,
 )
-
-Distribution = Literal["gaussian", "outliers"]
-
-OUTLIER_SHARE = 64
-OUTLIER_GAIN = 30.0
-"""In "outliers" one feature in 64 is 30 times larger, the spread measured in small transformers' row-parallel
-outputs (channel range max/median 29-59)."""
+from megacomp.launch.made_up import Distribution, partial, route_with_tables
 
 
 def measure(
@@ -48,6 +42,8 @@ def measure(
 ) -> dict[str, Any]:
     """Time and error of `route` on partials [rows, features] of `dtype`, beside torch.distributed's all_reduce.
 
+    Static codecs of `route` get made-up tables.
+
     The two alternate, each repetition behind a barrier, so that what disturbs the machine disturbs both alike.
     A repetition's time is that of the slowest rank.
 
@@ -61,6 +57,7 @@ def measure(
         sqnr_db: of the compressed and of the plain result against the sum in float64
     """
     device = torch.device(device)
+    route = route_with_tables(route, dist.get_world_size(group), features)
     x = partial(rows, features, dtype, dist.get_rank(group), distribution).to(device)
     plain_buffer, result = torch.empty_like(x), torch.empty_like(x)
     times: dict[str, list[float]] = {name: [] for name in ("plain", "compressed", "encode", "wire", "decode")}
@@ -99,15 +96,6 @@ def measure(
         "traffic": {**asdict(traffic), "payload_ratio": payload_ratio(route.codec, features, dtype)},
         "sqnr_db": _errors(x, route, group),
     }
-
-
-def partial(rows: int, features: int, dtype: torch.dtype, rank: int, distribution: Distribution) -> torch.Tensor:
-    """Rank `rank`'s partial [rows, features]: normal values, seeded by the rank."""
-    generator = torch.Generator().manual_seed(1000 + rank)
-    x = torch.randn(rows, features, generator=generator)
-    if distribution == "outliers":
-        x[:, ::OUTLIER_SHARE] *= OUTLIER_GAIN
-    return x.to(dtype)
 
 
 def sqnr_db(result: torch.Tensor, exact: torch.Tensor) -> float:

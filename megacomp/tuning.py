@@ -45,6 +45,10 @@ MARGIN = 0.1
 whose layers leave neither code nor buffers in the caches, encoding takes longer than in the loop that is measured, and
 a gain within the noise is no reason to lose precision."""
 
+CLOSE = 0.05
+"""By so much, as a share of its time, another way must be faster than what "auto" chooses to take its place: of many
+that are about as fast, noise would choose."""
+
 Count = Annotated[int, Field(ge=1)]
 Microseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -263,7 +267,7 @@ def plan(times: CodecTuning, route: Route, world_size: int, *, algorithm: bool, 
 
 
 def _best(size: SizeTuning, route: Route, world_size: int, algorithm: bool, chunks: bool) -> Timing:
-    """The fastest of the timings that `route` leaves open."""
+    """The fastest of the timings that `route` leaves open; what "auto" chooses, which is the first, if it is `CLOSE`."""
     allowed = list(size.timings)
     if not algorithm:
         given = choose_algorithm(route, world_size, size.rows, size.features)
@@ -271,7 +275,8 @@ def _best(size: SizeTuning, route: Route, world_size: int, algorithm: bool, chun
     if not chunks:
         given_chunks = choose_chunks(route, size.rows, size.features, _device())
         allowed = [timing for timing in allowed if timing.pipeline_chunks == given_chunks] or allowed
-    return min(allowed, key=lambda timing: timing.microseconds)
+    fastest = min(allowed, key=lambda timing: timing.microseconds)
+    return allowed[0] if allowed[0].microseconds * (1 - CLOSE) <= fastest.microseconds else fastest
 
 
 # Where they are kept

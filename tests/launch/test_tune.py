@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import static_cases
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
@@ -193,6 +195,25 @@ def test_the_command_writes_what_a_policy_reads(ranks: RankPool, tmp_path: Path)
     assert [code for code, _ in again] == [0, 0], again
     (kept,) = (tmp_path / "cache" / "megacomp" / "tuning").iterdir()
     assert kept.name.endswith("-gloo-2-ranks.json") and Tuning.read(kept).codecs[0].codec == "int8"
+
+
+def test_static_codecs_are_tuned_without_a_calibration(ranks: RankPool, tmp_path: Path) -> None:
+    out = tmp_path / "tuning.json"
+    arguments = ["--codec", "static4", "--max-bytes", "4096", "--features", "256"]
+    for code, output in ranks.run(_command, [*arguments, "--repeats", "3", "--out", str(out)], None):
+        assert code == 0, output
+    tuning = Tuning.read(out)
+    route = Route(static_cases.calibrated("static4", 256, 2, backend="auto"))
+    assert tuning.codecs[0].covers(replace(route, codec=route.codec.with_backend(tuning.codecs[0].codec_backend)))
+
+
+def test_what_auto_chooses_stays_unless_another_way_is_clearly_faster() -> None:
+    message = Message(512, 4096, BF16)
+    usual, *others = candidates(INT8, message, 2, CPU)
+    for seconds, chosen in ((0.96e-3, usual), (0.94e-3, others[-1])):
+        ranks = MadeUp(lambda _, way, other=seconds: other if way == others[-1] else 1e-3)
+        made = plan(*tune([INT8], [message], ranks), INT8, 2, algorithm=True, chunks=True)
+        assert made.route_of(message.bytes) == chosen
 
 
 @pytest.mark.parametrize(
