@@ -124,6 +124,8 @@ INSTRUCTIONS_SEARCH, INSTRUCTIONS_ROTATION = 67.0, 10.5
 """Beyond that, for a scale search (int4: 83), and for a rotation, when encoding and once when decoding."""
 INSTRUCTIONS_DECODE = 6.5
 """To decode and add one peer's value."""
+INSTRUCTIONS_ENCODE_STATIC, INSTRUCTIONS_DECODE_STATIC = 40.5, 10.5
+"""The same of static4; static4_paper needs 36 and 8."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from megacomp.launch.errors import LaunchError
 from megacomp.launch.hardware import Gpu, Link
 
 CODECS: tuple[str | Mapping[str, Any], ...] = ("int8", "int6", {"preset": "int4", "rotation": 128}, "nvfp4", "mxfp4")
-"""Planned with unless others are named: from the most exact (docs/codecs.md) to the shortest."""
+"""Planned with unless others are named, none of which needs a calibration: from the most exact (docs/codecs.md) to the
+shortest."""
 
 VALUE_BYTES = 2
 """bf16 activations."""
@@ -152,6 +153,8 @@ def _kernel_s(gpu: Gpu, moved: float, instructions: float) -> float:
 
 
 def _encode_instructions(codec: Codec) -> float:
+    if codec.static:
+        return hardware.INSTRUCTIONS_ENCODE_STATIC
     spec = codec.spec
     row_scale = spec["scale"] == "e4m3"
     return (
@@ -162,6 +165,8 @@ def _encode_instructions(codec: Codec) -> float:
 
 
 def _decode_instructions(codec: Codec, peers: int) -> float:
+    if codec.static:
+        return hardware.INSTRUCTIONS_DECODE_STATIC * peers
     return hardware.INSTRUCTIONS_DECODE * peers + hardware.INSTRUCTIONS_ROTATION * bool(codec.spec["rotation"])
 
 
@@ -454,6 +459,8 @@ def _notes(
         )
     else:
         yield "what the codec costs this model in quality is not predicted: megacomp eval measures it"
+        if codecs.get(best.codec).static:
+            yield f'{best.name} is static: name the file of its calibration (megacomp calibrate) as "calibration"'
     if system.nodes > 1 and system.ranks > system.nodes:
         yield (
             "between hosts of several GPUs each, two-shot's all-to-all sends more than its share of a ring would: the "

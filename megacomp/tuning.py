@@ -267,7 +267,7 @@ def plan(times: CodecTuning, route: Route, world_size: int, *, algorithm: bool, 
 
 
 def _best(size: SizeTuning, route: Route, world_size: int, algorithm: bool, chunks: bool) -> Timing:
-    """The fastest of the timings that `route` leaves open; what "auto" chooses, which is the first, if it is `CLOSE`."""
+    """The fastest of the timings that `route` leaves open; what "auto" chooses, the first of them, if it is `CLOSE`."""
     allowed = list(size.timings)
     if not algorithm:
         given = choose_algorithm(route, world_size, size.rows, size.features)

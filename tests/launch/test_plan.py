@@ -249,6 +249,13 @@ def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: 
     assert re.search(message, " ".join(result.output.split())), result.output
 
 
+def test_a_static_codec_is_planned_and_its_calibration_asked_for(folder: Path) -> None:
+    result = _call("--model", folder, "--gpu", "l4-pcie", "--tp", 8, "--prompt", 256, "--codec", "static4")
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert '"codec": "static4"' in output and "the file of its calibration (megacomp calibrate)" in output
+
+
 def test_notes_say_what_does_not_fit(folder: Path) -> None:
     result = _call("--model", folder, "--gpu", "l4-pcie", "--tp", 2, "--prompt", 8192)
     assert "do not fit into the 24 GB" in result.output and "4096 tokens" in result.output
