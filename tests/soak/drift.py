@@ -48,6 +48,9 @@ class Mix(NamedTuple):
         return {"megacomp": {"communication": communication, "backend": backend, **self.more}}
 
 
+STATIC_PAPER = {"preset": "static4_paper", "outlier_features": 2}
+"""The default share of so small a model's features is none."""
+
 MIXES = [
     Mix("mxfp4", "mxfp4"),
     Mix("int8", "mxfp4", chunks=3),
@@ -55,10 +58,9 @@ MIXES = [
     Mix(None, {"preset": "int4", "rotation": 32}),
     Mix("nvfp4", "int8", algorithm="two_shot", chunks=2, more={"guard": {"every": 5, "min_sqnr_db": 1}}),
     Mix({"preset": "int4", "rotation": 32}, "mxfp6_e2m3", more={"telemetry": {"sqnr_every": 7}}),
-    Mix("static4", "static4_paper"),
+    Mix("static4", STATIC_PAPER),
     Mix("mxfp4", "static4", algorithm="two_shot", chunks=2),
 ]
-STATIC = ("static4", "static4_paper")
 
 
 @torch.no_grad()
@@ -145,9 +147,9 @@ def reinstall(folder: Path, engine: str, times: int, warm_up: int) -> dict[str, 
 
 
 def _calibrate(engine: Engine, path: Path) -> Path:
-    """Tables for STATIC in the file."""
+    """The tables of the static codecs of MIXES, in the file."""
     tokens = torch.randint(engine.hf_config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    made = calibration.calibrate(engine, tokens, [codecs.get(name) for name in STATIC], "random")
+    made = calibration.calibrate(engine, tokens, [codecs.get("static4"), codecs.get(STATIC_PAPER)], "random")
     if dist.get_rank() == 0:
         calibration.write(made, path)
     dist.barrier()
