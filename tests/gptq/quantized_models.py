@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from models import HEADS, HIDDEN, LAYERS, VOCABULARY
 from safetensors.torch import load_file, save_file
 
 FORMATS = ("gptq", "gptq_v2", "pack-quantized")
@@ -160,3 +162,18 @@ def quantize_model(source: Path, folder: Path, layout: str, *, left_out: tuple[s
     dense = {key: tensor for key, tensor in weights.items() if key not in taken}
     chosen = {key: options[key] for key in ("bits", "group_size", "symmetric") if key in options}
     write(folder, linears, layout, settings(layout, **chosen), dense)
+
+
+def save_for_megatron(folder: Path) -> Path:
+    """A checkpoint in activation order below `folder`, of the sizes of `models.megatron_gpt`."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "dense")
+    quantize_model(folder / "dense", folder / "gptq", "gptq", group_size=16)
+    return folder / "gptq"

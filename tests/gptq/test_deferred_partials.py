@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import triton
-from models import HIDDEN, VOCABULARY, megatron_gpt, megatron_logits, tokens
+from models import megatron_gpt, megatron_logits, tokens
 from rank_pool import RankPool
 
 import megacomp
@@ -110,16 +110,6 @@ def _sequence_parallel(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_sequence_parallelism(ranks: RankPool, tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    models.quantize_model(tmp_path / "dense", tmp_path / "gptq", "gptq", group_size=16)
-    for deferred, plain in ranks.run(_sequence_parallel, tmp_path / "gptq"):
+    for deferred, plain in ranks.run(_sequence_parallel, models.save_for_megatron(tmp_path)):
         assert torch.equal(deferred["result"], plain["result"])
         assert deferred["tensors"] == plain["tensors"] > 0

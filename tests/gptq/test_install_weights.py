@@ -13,7 +13,7 @@ import quantized_models as models
 import torch
 import torch.distributed as dist
 import transformers
-from models import HIDDEN, VOCABULARY, deepspeed_on_cpu, megatron_gpt, megatron_logits, tokens
+from models import deepspeed_on_cpu, megatron_gpt, megatron_logits, tokens
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 
@@ -270,17 +270,7 @@ def _sequence_parallel(folder: Path) -> dict[str, Any]:
 
 
 def test_sequence_parallelism(ranks: RankPool, tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
-    models.quantize_model(tmp_path / "dense", tmp_path / "gptq", "gptq", group_size=16)
-    for got in ranks.run(_sequence_parallel, tmp_path / "gptq"):
+    for got in ranks.run(_sequence_parallel, models.save_for_megatron(tmp_path)):
         plain, compressed, plain_sp, compressed_sp = got["logits"]
         torch.testing.assert_close(plain_sp, plain, atol=1e-4, rtol=0)
         for exact, lossy in ((plain, compressed), (plain_sp, compressed_sp)):
