@@ -38,7 +38,7 @@ unit: $(READY)
 compat: $(READY)
 	$(BIN)/python tests/compat/matrix.py
 
-# 2,000 steps of generation at TP 2 and at TP 4, 1,000 installations; about 4 minutes on two cores.
+# 2,000 steps of generation at TP 2 and at TP 4, 1,000 installations; 4 to 7 minutes on two cores.
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/soak/run.py
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import megacomp
 from megacomp import codecs
+from megacomp.collectives.links import all_gather_single
 from megacomp.launch import calibration, engines
 from megacomp.launch.engines import Engine
 
@@ -178,7 +179,7 @@ def _digest(engine: Engine) -> Iterator[Callable[[torch.Tensor], int]]:
 
 def _assert_same(digest: int, step: int) -> None:
     told = torch.empty(dist.get_world_size(), dtype=torch.int64)
-    dist.all_gather_into_tensor(told, torch.tensor([digest]))
+    all_gather_single(told, torch.tensor([digest]))
     assert len(set(told.tolist())) == 1, f"after step {step} the ranks hold other bits"
 
 
