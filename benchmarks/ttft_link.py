@@ -161,7 +161,7 @@ def main(
     hidden: Annotated[int, typer.Option(min=256, help="A multiple of 1024, or what TP allows.")] = 1024,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     collective_mib: Annotated[int, typer.Option(min=0, help="Size of the all_reduce alone; 0 for none.")] = 32,
-    seconds: Annotated[float, typer.Option(help="For each combination; at least 3 repetitions, at most 25.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="For each combination; at least 3 repetitions, at most 25.")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw TTFT against link speed into this PNG.")] = None,
     write: Annotated[Path | None, typer.Option(help="Replace the tables in this markdown file.")] = None,
@@ -169,7 +169,7 @@ def main(
         Path | None, typer.Option("--from", help="Measure nothing: show, draw and write these results.")
     ] = None,
 ) -> None:
-    """Measure every combination; about 12 minutes on two cores."""
+    """Measure every combination; about 20 minutes on two cores."""
     for path in (out, chart, write):
         files.check_writable(path)
     if given is not None:
