@@ -58,9 +58,9 @@ INFINITY_FABRIC = {peers: Link("Infinity Fabric", 48.0 * peers, "nvlink") for pe
 # NVIDIA L40 data sheet: 181 TFLOPS bf16, 864 GB/s, 48 GB, PCIe Gen4 x16; 142 SMs to 2.49 GHz.
 L40 = Gpu("NVIDIA L40", 181, 864, 48, 45.3, "pcie4")
 
-# A core that encodes and decodes as benchmarks.codec finds mxfp4: 2.5 bytes per value at 2.8 GB/s. Links up to 1 Gbit/s
+# A core that encodes and decodes as benchmarks.codec finds mxfp4: 2.5 bytes per value at 3.4 GB/s. Links up to 1 Gbit/s
 # hide all of it but the ends.
-CORE = Gpu("a core of a CPU", 0.1, 2.8 / MEMORY_SHARE, None, 1.0, "")
+CORE = Gpu("a core of a CPU", 0.1, 3.4 / MEMORY_SHARE, None, 1.0, "")
 FASTEST_FOR_CORE = 1000.0
 """Mbit/s: beyond, codecs and gloo compete for the cores, and the model knows no CPU."""
 

@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from megacomp import codecs
+from megacomp.codecs import Codec
 from megacomp.collectives import Route, choose_algorithm, wire_bytes
 from megacomp.config import Communication, Config, ConfigError
 from megacomp.door import Door
@@ -38,6 +39,7 @@ from megacomp.launch import distributed
 from megacomp.launch.engines import cpu_host
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
+from megacomp.launch.made_up import with_tables
 from megacomp.patches import FRAMEWORKS, Framework, MissingSymbolError
 from megacomp.policy import Decline, Policy, Site
 
@@ -47,7 +49,7 @@ PROMPTS = (128, 512, 2048)
 MOST_TOKENS = 2**17
 """Where the search for the shortest prompt that is compressed ends."""
 
-CHECK_ROWS = 64
+CHECK_RANKS, CHECK_ROWS = 2, 64
 
 
 class Verdict(str, Enum):
@@ -89,7 +91,7 @@ def versions() -> list[Finding]:
         found.append(_version_finding(package, installed(package), needed.get(package, SpecifierSet())))
     for name, why in (
         ("transformers", "needed by eval, generate and run of Hugging Face models"),
-        ("transformer-engine", "not needed; layers of Transformer Engine reduce by themselves and stay exact"),
+        ("transformer-engine", "not needed; where Megatron uses its linear layers, they are patched"),
     ):
         version = installed(name)
         found.append(Finding("versions", name, Verdict.FINE, f"{version or 'not installed'}: {why}"))
@@ -385,24 +387,31 @@ _BACKEND_ADVICE = {
 
 
 def _equal(backend: str, spec: Any, features: int, device: torch.device) -> Finding:
-    definition, tried = codecs.get(spec, backend="reference"), codecs.get(spec, backend=backend)
+    definition, tried = (
+        with_tables(codecs.get(spec, backend=name), CHECK_RANKS, features) for name in ("reference", backend)
+    )
     x = torch.randn(CHECK_ROWS, features, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    wire = definition.encode(x)
-    total = definition.decode_sum(torch.stack([wire, wire]), features, torch.bfloat16)
+    wires = _encoded(definition, x)
+    total = definition.decode_sum(wires, features, torch.bfloat16)
     try:
         with _logged() as said:
-            encoded = tried.encode(x.to(device))
-            decoded = tried.decode_sum(torch.stack([encoded, encoded]), features, torch.bfloat16)
+            encoded = _encoded(tried, x.to(device))
+            decoded = tried.decode_sum(encoded, features, torch.bfloat16)
     except Exception as error:  # whatever a compiler or a device raises
         why = f"{tried.name} fails: {type(error).__name__}: {_first_line(error)}"
         return Finding("backends", backend, Verdict.PROBLEM, why, 'set "backend": "reference", and report it')
     what = f"{tried.name}, {CHECK_ROWS} x {features}"
-    if not (torch.equal(encoded.cpu(), wire) and torch.equal(decoded.cpu(), total)):
+    if not (torch.equal(encoded.cpu(), wires) and torch.equal(decoded.cpu(), total)):
         why = f"{what}: not equal to its definition"
         return Finding("backends", backend, Verdict.PROBLEM, why, 'set "backend": "reference", and report it')
     if said:
         return Finding("backends", backend, Verdict.NOTE, f"{what}: equal bit for bit, but {said[0]}")
     return Finding("backends", backend, Verdict.FINE, f"{what}: equal to its definition bit for bit")
+
+
+def _encoded(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """Wires [CHECK_RANKS, rows, row_bytes]."""
+    return torch.stack([codec.sender(rank).encode(x) for rank in range(CHECK_RANKS)])
 
 
 @contextmanager
@@ -462,6 +471,7 @@ def configured(
         architecture.check_tensor_parallel(ranks)
         policy = Policy(config)
         policy.check_rules(sites)
+        policy.check_calibration(sites, [architecture.hidden_size], [ranks])
     except (ConfigError, LaunchError) as error:
         return [Finding("configuration", "model", Verdict.PROBLEM, str(error))], []
     features = architecture.hidden_size

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import static_cases
 import torch
 from engines import tiny_models
 from typer.testing import CliRunner
 
+from megacomp import codecs
+from megacomp.calibration import Calibration, SiteTables
+from megacomp.codecs import StaticCodec
 from megacomp.collectives import Route
 from megacomp.config import Config, load
 from megacomp.door import Door
-from megacomp.launch import cli, diagnosis
+from megacomp.launch import calibration, cli, diagnosis
 from megacomp.launch.diagnosis import Finding, Verdict
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.patches import FRAMEWORKS, Patch
@@ -198,8 +202,9 @@ def test_torchrun_without_local_size_is_a_problem_of_deepspeed(monkeypatch: pyte
     assert _by(diagnosis.devices(2), "torchrun").verdict is Verdict.PROBLEM
 
 
-def test_backends_are_tried_and_compared() -> None:
-    findings = diagnosis.backends(_config(codec="mxfp4"), 256)
+@pytest.mark.parametrize("settings", [{"codec": "mxfp4"}, {"codec": "static4", "calibration": "not-read"}])
+def test_backends_are_tried_and_compared(settings: Any) -> None:
+    findings = diagnosis.backends(_config(**settings), 256)
     # TRITON_INTERPRET is set in these tests, so the kernels run here as well.
     assert [finding.verdict for finding in findings] == [Verdict.FINE, Verdict.FINE]
     assert all("bit for bit" in finding.found for finding in findings)
@@ -287,6 +292,23 @@ def test_the_shortest_prompt_is_found() -> None:
 def test_a_configuration_that_does_nothing_is_a_problem(communication: Any, ranks: int, why: str) -> None:
     findings, _ = diagnosis.configured(_config(**communication), _architecture(), ranks, torch.bfloat16)
     assert findings[0].verdict is Verdict.PROBLEM and why in findings[0].found
+
+
+def test_a_calibration_must_be_for_as_many_ranks(tmp_path: Path) -> None:
+    architecture, codec, file = _architecture(), codecs.get("static4"), tmp_path / "calibration.safetensors"
+    assert isinstance(codec, StaticCodec)
+    hidden = architecture.hidden_size
+    tables = {
+        f"layers.{layer}.{module}": SiteTables(*(static_cases.tables(codec.format, hidden, ranks) for ranks in (2, 1)))
+        for layer in range(architecture.num_layers)
+        for module in ("attention", "mlp")
+    }
+    calibration.write(Calibration(2, hidden, "0" * 64, {codec.name: dict(codec.spec)}, {codec.name: tables}), file)
+    config = _config(codec="static4", calibration=str(file))
+    findings, messages = diagnosis.configured(config, architecture, 2, torch.bfloat16)
+    assert {finding.verdict for finding in findings} == {Verdict.FINE} and any(one.compressed for one in messages)
+    (finding,), _ = diagnosis.configured(config, architecture, 4, torch.bfloat16)
+    assert finding.verdict is Verdict.PROBLEM and "tensor-parallel size 2, not 4" in finding.found
 
 
 def test_one_shot_among_many_ranks_is_remarked() -> None:
