@@ -340,8 +340,7 @@ def _chart(results: dict[str, Any], path: Path) -> None:
         f"{longest} tokens, {model['layers']} Llama layers of {model['hidden']} under {engine}; CPU ranks, shaped link",
         fontsize=10,
     )
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    files.write_figure(figure, path)
     pyplot.close(figure)
 
 

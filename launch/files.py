@@ -45,6 +45,12 @@ def write_json(path: Path, data: Any) -> None:
         file.write((json.dumps(data, indent=2) + "\n").encode())
 
 
+def write_figure(figure: Any, path: Path) -> None:
+    """Draw a matplotlib figure into `path`, in the format that its suffix names, or PNG; whole or not at all."""
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
+
+
 @contextmanager
 def logits_file(path: Path, shape: tuple[int, int, int]) -> Iterator[Callable[[torch.Tensor], None]]:
     """A safetensors file of one float32 tensor `logits` of `shape` [sequences, length, vocab_size].

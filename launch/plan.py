@@ -258,8 +258,7 @@ def _draw(path: Path, architecture: Architecture, system: System, workload: Work
     panels[0].set_title(f"at {own:g} GB/s")
     panels[1].set_title(f"at {workload.batch} x {workload.prompt} tokens")
     figure.suptitle(f"{LABEL}: {_place(system)}", fontsize=11)
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    files.write_figure(figure, path)
     pyplot.close(figure)
 
 

@@ -197,8 +197,7 @@ def _chart(tuning: Tuning, routes: Sequence[Route], plans: Sequence[Plan], path:
     axes.set_title(f"all_reduce among {tuning.key.world_size} ranks over {tuning.key.backend}: {tuning.key.hardware}")
     axes.grid(alpha=0.3)
     axes.legend()
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    files.write_figure(figure, path)
     pyplot.close(figure)
 
 

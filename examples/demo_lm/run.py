@@ -153,8 +153,7 @@ def _chart(rows: list[Row], path: Path) -> None:
     axes.set_title(f"Demo model, TP {rows[0].tp}: what compressed reductions cost")
     axes.legend()
     axes.grid(alpha=0.3)
-    with files.replacing(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    files.write_figure(figure, path)
     pyplot.close(figure)
 
 
