@@ -267,16 +267,18 @@ def plan(times: CodecTuning, route: Route, world_size: int, *, algorithm: bool, 
 
 
 def _best(size: SizeTuning, route: Route, world_size: int, algorithm: bool, chunks: bool) -> Timing:
-    """The fastest of the timings that `route` leaves open; what "auto" chooses, the first of them, if it is `CLOSE`."""
-    allowed = list(size.timings)
+    """The fastest of the timings that `route` leaves open; the one nearest to what it says, if that is `CLOSE`."""
+    usual_algorithm = choose_algorithm(route, world_size, size.rows, size.features)
+    usual_chunks = choose_chunks(route, size.rows, size.features, _device())
+    allowed: Sequence[Timing] = size.timings
     if not algorithm:
-        given = choose_algorithm(route, world_size, size.rows, size.features)
-        allowed = [timing for timing in allowed if timing.algorithm == given] or allowed
+        allowed = [timing for timing in allowed if timing.algorithm == usual_algorithm] or allowed
     if not chunks:
-        given_chunks = choose_chunks(route, size.rows, size.features, _device())
-        allowed = [timing for timing in allowed if timing.pipeline_chunks == given_chunks] or allowed
+        allowed = [timing for timing in allowed if timing.pipeline_chunks == usual_chunks] or allowed
+    # Of the other algorithm powers of two were measured, which "auto" need not choose.
+    usual = min(allowed, key=lambda way: (way.algorithm != usual_algorithm, abs(way.pipeline_chunks - usual_chunks)))
     fastest = min(allowed, key=lambda timing: timing.microseconds)
-    return allowed[0] if allowed[0].microseconds * (1 - CLOSE) <= fastest.microseconds else fastest
+    return usual if usual.microseconds * (1 - CLOSE) <= fastest.microseconds else fastest
 
 
 # Where they are kept

@@ -134,6 +134,31 @@ def test_what_is_not_to_be_tuned_stays_and_its_times_count() -> None:
     assert [(step.route.algorithm, step.route.pipeline_chunks) for step in fixed] == [("one_shot", 2), ("two_shot", 2)]
 
 
+ABOUT_AS_FAST = {
+    **{("one_shot", chunks): us for chunks, us in ((4, 100.0), (1, 97.0), (2, 96.0), (8, 101.0))},
+    **{("two_shot", chunks): us for chunks, us in ((1, 96.0), (2, 97.0), (4, 99.0), (8, 98.0))},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "one_shot", "two_shot"])
+def test_of_ways_that_are_about_as_fast_it_is_what_auto_chooses(algorithm: Any) -> None:
+    # Among two ranks that is one-shot, and by the default length of a chunk 4 for this message of 4 MiB.
+    tuned = {"algorithm": algorithm == "auto", "chunks": True}
+    message = {4096 * KIB: {None: 900.0, **ABOUT_AS_FAST}}
+    (step,) = plan(times("int8", message), route(algorithm=algorithm), 2, **tuned).steps
+    expected = "one_shot" if algorithm == "auto" else algorithm
+    assert (step.route.algorithm, step.route.pipeline_chunks) == (expected, 4)
+    slow = {way: 1.06 * us if way[1] == 4 else us for way, us in ABOUT_AS_FAST.items()}
+    (step,) = plan(times("int8", {4096 * KIB: {None: 900.0, **slow}}), route(algorithm=algorithm), 2, **tuned).steps
+    assert step.route.pipeline_chunks == (1 if algorithm == "two_shot" else 2)
+
+
+def test_chunks_that_were_not_measured_stand_for_the_nearest_that_were() -> None:
+    five = {5120 * KIB: {None: 900.0, ("one_shot", 5): 100.0, ("two_shot", 1): 96.0, ("two_shot", 4): 99.0}}
+    (step,) = plan(times("int8", five), route(algorithm="two_shot"), 2, algorithm=False, chunks=True).steps
+    assert step.route.pipeline_chunks == 4
+
+
 # The files
 
 
