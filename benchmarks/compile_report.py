@@ -192,7 +192,10 @@ def report(case: Case) -> list[dict[str, Any]]:
 
 def resources(kernel: CompiledKernel) -> dict[str, Any]:
     """What a kernel takes of a multiprocessor, and how often it names memory that spilled registers go to."""
-    usage, listing = _disassemble(kernel.asm["cubin"])
+    return _resources(kernel, *_disassemble(kernel.asm["cubin"]))
+
+
+def _resources(kernel: CompiledKernel, usage: str, listing: str) -> dict[str, Any]:
     return {
         "kernel": kernel.metadata.name.strip("_"),
         "warps": kernel.metadata.num_warps,
@@ -212,11 +215,12 @@ def describe(launch: Launch, values: int) -> dict[str, Any]:
     global memory by their bytes.
     """
     kernel = launch.kernel
-    opcodes = _way_through(_disassemble(kernel.asm["cubin"])[1])
+    usage, listing = _disassemble(kernel.asm["cubin"])
+    opcodes = _way_through(listing)
     count = Counter(opcode.split(".")[0] for opcode in opcodes)
     threads_per_value = 32 * kernel.metadata.num_warps * launch.programs / values
     return {
-        **resources(kernel),
+        **_resources(kernel, usage, listing),
         "barriers": count["BAR"],
         "shuffles": count["SHFL"],
         "instructions": len(opcodes),
