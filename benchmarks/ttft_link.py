@@ -170,7 +170,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure every combination; about 20 minutes on two cores."""
-    for path in (out, chart, write):
+    files.check_figure(chart)
+    for path in (out, write):
         files.check_writable(path)
     if given is not None:
         results = json.loads(given.read_text())

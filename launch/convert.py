@@ -43,9 +43,10 @@ def run(
 
 def convert(checkpoint: Path, tp: int, out: Path, order: Order = "tp_aware") -> None:
     """What the command does. Raises LaunchError; `out` is then as it was."""
+    out = out.absolute()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LaunchError(f"{out} exists and is not an empty folder")
-    if not out.resolve().parent.is_dir():
+    if not out.parent.is_dir():
         raise LaunchError(f"cannot write {out}: there is no folder {out.parent}")
     if (checkpoint / CONVERTED_INDEX).is_file():
         raise LaunchError(f"{checkpoint} has been converted already; convert the GPTQ checkpoint it was made of")

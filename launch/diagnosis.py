@@ -459,9 +459,18 @@ class Message:
 
 
 def configured(
-    config: Config, architecture: Architecture, ranks: int, dtype: torch.dtype
+    config: Config, architecture: Architecture | None, ranks: int, dtype: torch.dtype
 ) -> tuple[list[Finding], list[Message]]:
-    """What `config` would do to the all_reduces of a model, for a token and for prompts of PROMPTS tokens."""
+    """What `config` would do to the all_reduces of a model, for a token and for prompts of PROMPTS tokens.
+
+    Without a model: only what is wrong with the files that `config` names.
+    """
+    try:
+        policy = Policy(config)
+    except ConfigError as error:
+        return [Finding("configuration", "section", Verdict.PROBLEM, str(error))], []
+    if architecture is None:
+        return [], []
     sites = [
         Site(f"layers.{layer}.{module}", module, layer, architecture.num_layers)
         for layer in range(architecture.num_layers)
@@ -469,7 +478,6 @@ def configured(
     ]
     try:
         architecture.check_tensor_parallel(ranks)
-        policy = Policy(config)
         policy.check_rules(sites)
         policy.check_calibration(sites, [architecture.hidden_size], [ranks])
     except (ConfigError, LaunchError) as error:

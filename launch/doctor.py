@@ -72,7 +72,7 @@ def run(
     findings += diagnosis.backends(section, features)
     messages: list[Message] = []
     dtype = _dtype(rest)
-    if section is not None and architecture is not None:
+    if section is not None:
         found, messages = diagnosis.configured(section, architecture, ranks, dtype)
         findings += found
     fine = not any(finding.verdict is Verdict.PROBLEM for finding in findings)

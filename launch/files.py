@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +29,25 @@ def check_writable(path: Path | None) -> None:
         raise LaunchError(f"cannot write {path}: its folder is not writable")
 
 
+def require_matplotlib() -> None:
+    """Raise LaunchError without matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise LaunchError("charts are drawn by matplotlib, which is not installed: pip install 'megacomp[plot]'")
+
+
+def check_figure(path: Path | None) -> None:
+    """Raise LaunchError if `write_figure` could not write to `path`; None is fine."""
+    if path is None:
+        return
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix.removeprefix(".").lower() not in formats:
+        raise LaunchError(f"cannot draw {path}: its suffix must be one of {', '.join(formats)}")
+    check_writable(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` if the `with` block ends well, and vanishes otherwise."""
@@ -40,9 +61,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON."""
+    """Write `data` as indented JSON; null for numbers that are not finite, for which JSON has no word."""
     with replacing(path) as file:
-        file.write((json.dumps(data, indent=2) + "\n").encode())
+        file.write((json.dumps(_finite(data), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(data: Any) -> Any:
+    """`data` with None in place of infinities and NaN."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_figure(figure: Any, path: Path) -> None:

@@ -55,6 +55,11 @@ def run(
         tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
         if tokens.shape[1] < 1:
             raise LaunchError("the prompt is empty")
+    if (length := tokens.shape[1] + max_new_tokens) > architecture.max_positions:
+        raise LaunchError(
+            f"a prompt of {tokens.shape[1]} tokens and --max-new-tokens {max_new_tokens} make {length}, "
+            f"but the model has positions for {architecture.max_positions}"
+        )
     ranks = ensure_ranks(tp, "megacomp.launch.generate", command.arguments(ctx))
 
     with command.build_engine(model, engine.value, ranks, dtype.value, section, simulate_tp) as built:

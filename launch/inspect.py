@@ -12,7 +12,7 @@ from megacomp.launch import command, engines, environment, files, text
 from megacomp.launch.calibration import pick_sequences
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.errors import LaunchError
-from megacomp.launch.inspection import Inspection, check_plot, inspect, plot
+from megacomp.launch.inspection import Inspection, inspect, plot
 
 CODECS = ("mxfp4", "nvfp4", '{"preset": "int4", "rotation": 128}', "static4", "int8")
 
@@ -49,7 +49,7 @@ def run(
     """
     codecs = [command.codec(spec) for spec in codec or CODECS]
     files.check_writable(json_file)
-    check_plot(plot_file)
+    files.check_figure(plot_file)
     architecture = engines.check(model, engine.value, tp=command.requested_ranks(tp, simulate_tp))
     tokens = pick_sequences(text.read(model, architecture, text_file, tokens_file, sequence_length), sequences, seed)
     ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.inspect", command.arguments(ctx))

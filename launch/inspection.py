@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from megacomp.collectives import Route, all_reduce, simulated_all_reduce
 from megacomp.launch.calibration import calibrate
 from megacomp.launch.engines import Engine
 from megacomp.launch.errors import LaunchError
-from megacomp.launch.files import check_writable, replacing
+from megacomp.launch.files import check_figure, write_figure
 from megacomp.policy import Site
 
-__all__ = ["Inspection", "OutlierFeature", "SiteInspection", "check_plot", "inspect", "plot"]
+__all__ = ["Inspection", "OutlierFeature", "SiteInspection", "inspect", "plot"]
 
 OUTLIERS_NAMED = 5
 """How many features of each site are named."""
@@ -359,11 +358,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def plot(inspection: Inspection, path: Path) -> None:
-    """Draw a heat map of the ranges as a PNG: where each site's outliers are, how many, and on which ranks.
+    """Draw a heat map of the ranges: where each site's outliers are, how many, and on which ranks.
 
-    Raises LaunchError without matplotlib.
+    Raises LaunchError as `files.check_figure` does.
     """
-    check_plot(path)
+    check_figure(path)
     import matplotlib
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -378,7 +377,7 @@ def plot(inspection: Inspection, path: Path) -> None:
     # As if every rank were like this one.
     by_rank = ranges.amax(2) * inspection.tp / median
 
-    figure = Figure(figsize=(13, min(30.0, 2.2 + 0.22 * len(ranges))), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, min(30.0, 2.2 + 0.22 * len(ranges))), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True, width_ratios=(5, 4, max(1.0, min(3.0, 0.35 * inspection.tp))))
     colours: Any = {
         "norm": LogNorm(vmin=0.5, vmax=max(10.0, relative.max().item(), by_rank.max().item())),
@@ -401,16 +400,4 @@ def plot(inspection: Inspection, path: Path) -> None:
         f"Outlier features of partials: {inspection.engine}, TP {inspection.tp}, {inspection.dtype}, "
         f"{inspection.sequences * inspection.length:,} tokens"
     )
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
-
-
-def check_plot(path: Path | None) -> None:
-    """Raise LaunchError if `plot` could not write to `path`; None is fine."""
-    if path is None:
-        return
-    if find_spec("matplotlib") is None:
-        raise LaunchError("a plot needs matplotlib, which is not installed: pip install 'megacomp[plot]'")
-    if path.suffix != ".png":
-        raise LaunchError(f"a plot is a PNG: {path} must end in .png")
-    check_writable(path)
+    write_figure(figure, path)

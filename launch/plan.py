@@ -71,7 +71,7 @@ def run(
     A MODEL of compute and links from data sheets, not a measurement: `megacomp tune` measures on ranks you have.
     """
     files.check_writable(json_file)
-    files.check_writable(plot)
+    files.check_figure(plot)
     architecture = Architecture.read(model)
     system = _own(_system(gpu, tp, nodes, link, tflops, memory_gbs, link_gbs), tflops, memory_gbs, memory_gb)
     system = _own_link(system, link_gbs, link_us)
@@ -228,10 +228,8 @@ def _document(model: Path, system: System, workload: Workload, planned: Plan) ->
 
 def _draw(path: Path, architecture: Architecture, system: System, workload: Workload, planned: Plan) -> None:
     """The first token against the prompt's length and against the link, the plan's own point marked."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise LaunchError("--plot needs matplotlib: pip install 'megacomp[plot]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

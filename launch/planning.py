@@ -134,7 +134,7 @@ def _fastest(system: System, steps: int, between_nodes: int, link_bytes: float, 
             hop = protocol.hop_us.get(link.wiring)
             if hop is None:
                 break
-            latency += count * (link.hop_us or hop)
+            latency += count * (hop if link.hop_us is None else link.hop_us)
         else:
             share = protocol.reduce_share if reduce else protocol.gather_share
             times.append(1e-6 * latency + link_bytes / (1e9 * system.ring_gbs * share))

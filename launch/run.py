@@ -37,7 +37,8 @@ def run(
     module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT names a module.")] = False,
     tp: command.TpOption = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the report of what was compressed to this file.")
+        Path | None,
+        typer.Option("--json", help="Write the report of what was compressed to this file; null where nothing was."),
     ] = None,
 ) -> None:
     """Run SCRIPT as `python SCRIPT` would, with megacomp installed; report at its end what was compressed.
@@ -83,14 +84,12 @@ def _report(installation: megacomp.Installation | None, json_file: Path | None) 
     """Rank 0 says what was compressed, on standard error: standard output is the script's."""
     if not command.is_main_rank():
         return
-    console = command.messages()
-    if installation is None:
-        console.print("megacomp: nothing was compressed: no --config, and no section from the script")
-        return
-    report = installation.report()
-    console.print(report)
+    report = None if installation is None else installation.report()
+    command.messages().print(
+        "megacomp: nothing was compressed: no --config, and no section from the script" if report is None else report
+    )
     if json_file is not None:
-        files.write_json(json_file, report.to_dict())
+        files.write_json(json_file, None if report is None else report.to_dict())
 
 
 app = command.single(run, context_settings=CONTEXT_SETTINGS)

@@ -6,13 +6,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megacomp.config import SECTION
 from megacomp.launch.errors import LaunchError
-from megacomp.launch.files import replacing
+from megacomp.launch.files import replacing, require_matplotlib, write_figure
 from megacomp.launch.searching import EXACT, Measured, Search
 
 __all__ = ["HEADINGS", "cells", "check_folder", "compared", "summary", "verdict", "write"]
@@ -28,8 +27,7 @@ def check_folder(folder: Path | None) -> None:
     """Raise LaunchError if `write` could not write to `folder`, or not draw; None is fine."""
     if folder is None:
         return
-    if find_spec("matplotlib") is None:
-        raise LaunchError("a report's charts need matplotlib, which is not installed: pip install 'megacomp[plot]'")
+    require_matplotlib()
     if folder.exists() and not folder.is_dir():
         raise LaunchError(f"{folder} is a file; give the name of a folder")
     there = folder if folder.exists() else folder.parent
@@ -45,8 +43,8 @@ def write(result: Search, environment: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with replacing(folder / "report.md") as file:
         file.write(_page(result, environment).encode())
-    _save(_pareto(result), folder / PARETO)
-    _save(_sites(result), folder / SITES)
+    write_figure(_pareto(result), folder / PARETO)
+    write_figure(_sites(result), folder / SITES)
 
 
 def compared(result: Search) -> list[Measured]:
@@ -153,7 +151,7 @@ def _pareto(result: Search) -> Any:
     """Perplexity and KL divergence against bits: every single codec, the mixes that were tried, the best."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     perplexity, kl = figure.subplots(1, 2)
     groups = (
         ("single codec", result.singles, {"marker": "o", "markersize": 5, "color": "tab:blue"}),
@@ -203,7 +201,7 @@ def _sites(result: Search) -> Any:
     names = [single.name for single in sorted(result.singles, key=lambda single: single.bits)]
     table = [[max(result.divergences[site][name], _LEAST_KL) for site in sites] for name in names]
     finite = [value for row in table for value in row if math.isfinite(value)]
-    figure = Figure(figsize=(min(40.0, 5 + 0.3 * len(sites)), 3 + 0.3 * len(names)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(min(40.0, 5 + 0.3 * len(sites)), 3 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(table, norm=LogNorm(min(finite), max(finite)), aspect="auto")
     rows = [*names, EXACT]
@@ -216,8 +214,3 @@ def _sites(result: Search) -> Any:
     figure.colorbar(drawn, ax=axes, label="KL divergence, nats per token")
     figure.suptitle(f"Each codec at one site alone: {summary(result)}", fontsize=10)
     return figure
-
-
-def _save(figure: Any, path: Path) -> None:
-    with replacing(path) as file:
-        figure.savefig(file, format="png")

@@ -89,14 +89,14 @@ class Budget:
         return expected if self.kl is None else min(expected, self.kl)
 
     def load(self, measured: Measured) -> float:
-        """How much of the budget is used; above 1 it is exceeded."""
+        """How much of the budget is used; above 1 it is exceeded: infinite where anything measured is not finite."""
         used = []
         if self.perplexity is not None:
             at_worst = measured.increase + CONFIDENCE * (measured.stderr or 0.0)
             used.append(math.log1p(at_worst) / math.log1p(self.perplexity))
         if self.kl is not None:
             used.append(measured.kl / self.kl)
-        return max(used) if all(map(math.isfinite, used)) else math.inf
+        return max(used) if all(map(math.isfinite, (measured.increase, measured.kl, *used))) else math.inf
 
     def __str__(self) -> str:
         perplexity = "" if self.perplexity is None else f"perplexity +{100 * self.perplexity:g} %"

@@ -24,17 +24,31 @@ def read(
 
     length: None for the tokens' own, or for `DEFAULT_LENGTH` of a text, as far as the model has positions.
 
-    Raises LaunchError unless just one file is given, and as `read_tokens` and `read_text` do.
+    Raises LaunchError unless just one file is given, if the model has no positions for so many tokens, and as
+    `read_tokens` and `read_text` do.
     """
     if (text_file is None) == (tokens_file is None):
         raise LaunchError("give either --text FILE or --tokens FILE.npy")
+    if length is not None:
+        check_positions(length, architecture)
     if tokens_file is not None:
         tokens = read_tokens(tokens_file, architecture.vocab_size)
         if length is not None and length > tokens.shape[1]:
             raise LaunchError(f"--sequence-length {length}, but {tokens_file} has {tokens.shape[1]}")
-        return tokens[:, :length]
+        tokens = tokens[:, :length]
+        check_positions(tokens.shape[1], architecture)
+        return tokens
     assert text_file is not None
     return read_text(text_file, load_tokenizer(model), length or min(DEFAULT_LENGTH, architecture.max_positions))
+
+
+def check_positions(length: int, architecture: Architecture) -> None:
+    """Raise LaunchError if a sequence of so many tokens is longer than the model was made for."""
+    if length > architecture.max_positions:
+        raise LaunchError(
+            f"sequences of {length} tokens, but the model has positions for {architecture.max_positions}; "
+            "--sequence-length N cuts them"
+        )
 
 
 def read_tokens(path: Path, vocab_size: int) -> torch.Tensor:

@@ -162,8 +162,8 @@ class Trials:
         return len(self._records[trial.name].loss) if trial.name in self._records else 0
 
     def kl(self, trial: Trial, sequences: int) -> float:
-        """KL(uncompressed || compressed), in nats per token, over so many of its sequences."""
-        return max(0.0, statistics.fmean(self._records[trial.name].kl[:sequences]))
+        """KL(uncompressed || compressed), in nats per token, over so many of its sequences; NaN if it is for any."""
+        return max(statistics.fmean(self._records[trial.name].kl[:sequences]), 0.0)  # a NaN is not below 0
 
     def change(self, trial: Trial) -> Change:
         """What `trial`, once it was run, does to the model."""

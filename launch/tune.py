@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,9 +55,7 @@ def run(
     """
     routes = _routes(codec, config)
     files.check_writable(out)
-    files.check_writable(plot)
-    if plot is not None and find_spec("matplotlib") is None:
-        raise LaunchError("--plot draws with matplotlib, which is not installed (pip install 'megacomp[plot]')")
+    files.check_figure(plot)
     if tp is None and distributed.launched_world_size() is None:
         tp = 2
     world_size = distributed.ensure_ranks(tp, "megacomp.launch.tune", command.arguments(ctx))

@@ -79,6 +79,8 @@ def run(
     sequences: Annotated[int, typer.Option(min=1, help=f"Held-out sequences of {SEQUENCE_LENGTH} tokens.")] = 64,
 ) -> None:
     """Evaluates the demo model with every engine and codec."""
+    files.require_matplotlib()
+    out.mkdir(parents=True, exist_ok=True)
     for name in engines.ENGINES:
         engines.check(MODEL, name, tp=tp)
     ranks = ensure_ranks(tp, "examples.demo_lm.run", command.arguments(ctx))
@@ -97,7 +99,6 @@ def run(
                 described = environment.describe(engine.device)
     command.results().print(_table(rows, tokens))
     if command.is_main_rank():
-        out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / "report.json", {"rows": [vars(row) for row in rows], "environment": described})
         _chart(rows, out / "report.png")
         command.results().print(f"Written: {out / 'report.json'}, {out / 'report.png'}")

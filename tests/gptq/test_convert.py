@@ -126,6 +126,16 @@ def test_converted_checkpoints_of_third_party_tools(
         assert (logits - reference["logits"]).abs().max() < 1e-3
 
 
+def test_into_the_folder_one_is_in(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    result = _call("convert", "--checkpoint", checkpoint, "--tp", 2, "--out", ".")
+    assert result.exit_code == 0, result.output
+    assert {"config.json", "model.safetensors"} < {path.name for path in inside.iterdir()}
+    assert list(tmp_path.iterdir()) == [inside]
+
+
 def test_requests_that_cannot_be_served(checkpoint: Path, tmp_path: Path) -> None:
     convert(checkpoint, 2, tmp_path / "two")
     (tmp_path / "full").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from megacomp import codecs
-from megacomp.launch import bench, cli, command
+from megacomp.launch import bench, cli, command, files
 from megacomp.launch import eval as eval_command
 
 CONFIG = {"megacomp": {"backend": "reference", "communication": {"codec": "int8", "min_bytes": 0}}}
@@ -146,6 +147,9 @@ def test_simulated_ranks_are_for_one_process(folder: Path, monkeypatch: pytest.M
         ("eval --tokens {}/short.npy", "has shape [4, 1]: it needs a sequence of at least 2 tokens"),
         ("eval --tokens {}/big.npy", "tokens from 0 to 96, but the model's vocabulary is 0 to 95"),
         ("eval --tokens {}/tokens.npy --sequence-length 17", "--sequence-length 17, but"),
+        ("eval --text {}/text.txt --sequence-length 129", "129 tokens, but the model has positions for 128"),
+        ("eval --tokens {}/long.npy", "129 tokens, but the model has positions for 128"),
+        ("generate --prompt w1 --max-new-tokens 128", "make 129, but the model has positions for 128"),
         ("eval --tokens {}/tokens.npy --json {}", "is a folder; give the name of a file"),
         ("eval --tokens {}/tokens.npy --logits-out {}/no/file", "there is no folder"),
         ("eval --tokens {}/tokens.npy --config {}/bad.json", "megacomp.communication.codec: unknown preset"),
@@ -167,6 +171,7 @@ def test_requests_that_cannot_be_served(folder: Path, tmp_path: Path, arguments:
         (tmp_path / file.name).symlink_to(file)
     np.save(tmp_path / "flat.npy", np.zeros(4))
     np.save(tmp_path / "short.npy", np.zeros((4, 1), dtype=int))
+    np.save(tmp_path / "long.npy", np.zeros((4, 129), dtype=int))
     np.save(tmp_path / "big.npy", np.array([[0, 96]]))
     (tmp_path / "bad.json").write_text('{"megacomp": {"communication": {"codec": "mxfp5"}}}')
     (tmp_path / "empty.txt").touch()
@@ -278,7 +283,9 @@ def test_run_is_python_with_compression(scripts: Path, code: int) -> None:
 
 def test_run_of_a_module_started_by_the_deepspeed_launcher(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(scripts)
-    result = CliRunner().invoke(cli.app, ["--local_rank=1", "run", "-m", "script", "0"])
+    report = scripts / "report.json"
+    report.write_text("of an earlier run")
+    result = CliRunner().invoke(cli.app, ["--local_rank=1", "run", "--json", str(report), "-m", "script", "0"])
     assert result.exit_code == 0, result.output
     # The launcher's argument stands before the script's own, as it does without megacomp.
     assert _said(result) == {
@@ -287,6 +294,14 @@ def test_run_of_a_module_started_by_the_deepspeed_launcher(scripts: Path, monkey
         "installed": False,
     }
     assert "nothing was compressed: no --config, and no section from the script" in result.stderr
+    assert json.loads(report.read_text()) is None
+
+
+def test_json_files_are_json(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    files.write_json(path, {"a": [math.inf, (1.5, -math.inf)], "b": {"c": math.nan, "d": "x", "e": 3, "f": True}})
+    strict = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert strict == {"a": [None, [1.5, None]], "b": {"c": None, "d": "x", "e": 3, "f": True}}
 
 
 def test_run_refuses_before_the_script_starts(scripts: Path) -> None:

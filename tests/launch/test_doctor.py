@@ -316,6 +316,19 @@ def test_a_calibration_must_be_for_as_many_ranks(tmp_path: Path) -> None:
     assert finding.verdict is Verdict.PROBLEM and "tensor-parallel size 2, not 4" in finding.found
 
 
+@pytest.mark.parametrize(
+    "communication",
+    [
+        {"codec": "static4", "calibration": "missing.safetensors"},
+        {"codec": "int8", "min_bytes": "tuned", "tuning": "missing.json"},
+    ],
+)
+@pytest.mark.parametrize("model", [None, _architecture()], ids=["no model", "model"])
+def test_files_that_a_configuration_names_must_be_there(communication: Any, model: Architecture | None) -> None:
+    (finding,), _ = diagnosis.configured(_config(**communication), model, 2, torch.bfloat16)
+    assert finding.verdict is Verdict.PROBLEM and "missing." in finding.found
+
+
 def test_one_shot_among_many_ranks_is_remarked() -> None:
     findings, messages = diagnosis.configured(_config(algorithm="one_shot"), _architecture(), 8, torch.bfloat16)
     assert _by(findings, "algorithm").verdict is Verdict.NOTE

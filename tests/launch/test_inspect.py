@@ -237,7 +237,7 @@ def test_codecs_of_choice(folder: Path, tmp_path: Path, uncompiled: None) -> Non
     [
         (("--codec", "mxfp5"), "--codec mxfp5: unknown preset 'mxfp5' (did you mean"),
         (("--codec", '{"format": "int", "bits": 11}'), "11 is not allowed"),
-        (("--plot", "ranges.jpg"), "ranges.jpg must end in .png"),
+        (("--plot", "ranges.foo"), "ranges.foo: its suffix must be one of"),
         (("--plot", "absent/ranges.png"), "there is no folder absent"),
         (("--json", "absent/out.json"), "there is no folder absent"),
         (("--simulate-tp", 1), "one rank reduces nothing: give --tp N or --simulate-tp N"),
@@ -254,7 +254,7 @@ def test_what_the_command_refuses(folder: Path, arguments: tuple[Any, ...], mess
 
 
 def test_a_plot_without_matplotlib(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megacomp.launch.inspection.find_spec", lambda name: None)
+    monkeypatch.setattr("megacomp.launch.files.find_spec", lambda name: None)
     common = ("--model", folder, "--tokens", folder / "tokens.npy", "--simulate-tp", 2)
     result = _call(*common, "--plot", tmp_path / "ranges.png")
     assert result.exit_code == 2 and "pip install 'megacomp[plot]'" in result.output

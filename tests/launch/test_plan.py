@@ -229,6 +229,18 @@ def test_the_command_takes_a_config_alone_codecs_and_own_numbers(folder: Path, t
     assert written["ttft_s"] / written["planned_ttft_s"] > 3
 
 
+def test_a_link_without_latency_is_one(folder: Path, tmp_path: Path) -> None:
+    def ttft_s(*link: Any) -> float:
+        out = tmp_path / "plan.json"
+        own = ("--tflops", 50, "--memory-gbs", 300, "--link-gbs", 10, *link)
+        result = _call("--model", folder, "--tp", 4, "--prompt", 8, "--codec", "mxfp4", *own, "--json", out)
+        assert result.exit_code == 0, result.output
+        return json.loads(out.read_text())["ttft_s"]
+
+    assert ttft_s("--link-us", 0) < ttft_s("--link-us", 1) < ttft_s()
+    assert ttft_s("--link-us", 0) == pytest.approx(ttft_s("--link-us", 1e-9))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,6 +253,7 @@ def test_the_command_takes_a_config_alone_codecs_and_own_numbers(folder: Path, t
         (("--gpu", "l4-pcie", "--tp", 2, "--codec", "mxfp5"), "mxfp5"),
         (("--gpu", "l4-pcie", "--tp", 2, "--codec", "{"), "not valid JSON"),
         (("--gpu", "l4-pcie", "--tp", 2, "--json", "/nowhere/plan.json"), "no folder"),
+        (("--gpu", "l4-pcie", "--tp", 2, "--plot", "plan.foo"), "plan.foo: its suffix must be one of .*png"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: tuple[Any, ...], message: str, folder: Path) -> None:

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from megacomp import codecs
 from megacomp.config import Config, load
-from megacomp.launch import cli, engines, search_report
+from megacomp.launch import cli, engines, files, search_report
 from megacomp.launch.allocation import Frontier, close_in, communication, written
 from megacomp.launch.evaluation import evaluate
 from megacomp.launch.searching import Budget, Measured, Search, ladder, search
+from megacomp.launch.trials import Trial, Trials
 from megacomp.policy import Decline, Policy, Site
 
 HIDDEN, LAYERS, VOCAB = 64, 2, 96
@@ -147,7 +148,9 @@ def test_budgets() -> None:
     assert Budget(perplexity=0.0119).load(measured) > 1 > Budget(perplexity=0.0121).load(measured)
     assert Budget(kl=0.008).load(measured) == 0.5
     assert Budget(0.013, 0.001).load(measured) == 4
-    assert Budget(0.5).load(replace(measured, increase=math.inf)) == math.inf
+    for spoilt in ({"increase": math.inf}, {"increase": math.nan, "stderr": None}, {"kl": math.nan}):
+        for budget in (Budget(0.5), Budget(kl=0.5), Budget(0.5, 0.5)):
+            assert budget.load(replace(measured, **spoilt)) == math.inf
     for limits in ({}, {"perplexity": 0.0}, {"kl": math.nan}, {"perplexity": 0.1, "kl": -1.0}):
         with pytest.raises(ValueError, match="a budget is"):
             Budget(**limits)
@@ -245,6 +248,17 @@ def test_the_section_is_the_mix(folder: Path, found: tuple[Search, Path]) -> Non
     assert measured.perplexity == pytest.approx(result.best.perplexity, rel=1e-6)
     if "exact" not in result.allocation.values():
         assert measured.bits_per_value == result.best.bits
+
+
+def test_a_divergence_that_is_no_number_stays_none(folder: Path, tmp_path: Path) -> None:
+    known = {"loss": [4.5, 4.5], "kl": [0.01, math.nan], "sqnr_db": []}
+    file = tmp_path / "trials.json"
+    file.write_text(json.dumps({"identity": "these", "exact": [4.5, 4.5], "trials": {"int8": known}}))
+    trial = Trial("int8", Config.model_validate(REFERENCE))
+    with _build(folder) as engine:
+        trials = Trials(engine, _tokens(), file, "these")
+    assert (trials.sequences(trial), trials.kl(trial, 1)) == (2, 0.01)
+    assert math.isnan(trials.kl(trial, 2)) and math.isnan(trials.change(trial).kl)
 
 
 class _Interrupted(Exception):
@@ -393,7 +407,7 @@ def test_requests_that_cannot_be_served(folder: Path, tmp_path: Path, arguments:
 
 
 def test_only_a_report_needs_matplotlib(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_report, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     base = (folder, "--tokens", folder / "tokens.npy", "--out", tmp_path / "ds.json", "--simulate-tp", 2)
     options = ("--max-kl", 1, "--codec", "int8", "--config", folder / "ds.json")
     refused = _call(*base, *options, "--report", tmp_path / "report")
