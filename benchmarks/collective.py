@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megacomp import codecs
 from megacomp.collectives import Route
-from megacomp.launch import command, distributed, environment, files
+from megacomp.launch import command, distributed, environment, files, ranked
 from megacomp.launch.measure import measure
 
 CODECS: tuple[str | dict[str, Any], ...] = ("mxfp4", "int4", {"preset": "int4", "rotation": 128}, "int8")
@@ -33,7 +33,7 @@ def main(
     """Measure every codec on bf16 partials of rows x features values."""
     files.check_writable(out)
     ranks = distributed.ensure_ranks(
-        distributed.launched_world_size() or tp, "benchmarks.collective", command.arguments(ctx)
+        distributed.launched_world_size() or tp, "benchmarks.collective", ranked.arguments(ctx)
     )
     device = distributed.default_device()
     with distributed.process_group(ranks, device), command.progress() as progress:
@@ -65,7 +65,7 @@ def _table(results: list[dict[str, Any]], message_bytes: int) -> Table:
     return table
 
 
-app = command.single(main)
+app = ranked.single(main)
 
 if __name__ == "__main__":
     app()

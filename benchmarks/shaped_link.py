@@ -24,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from megacomp.launch import command
+from megacomp.launch import ranked
 from megacomp.launch.errors import LaunchError
 
 PREFIX = "megacomp-link"
@@ -223,7 +223,7 @@ def main(
     raise typer.Exit(code)
 
 
-app = command.single(main, context_settings={"allow_interspersed_args": False, "allow_extra_args": True})
+app = ranked.single(main, context_settings={"allow_interspersed_args": False, "allow_extra_args": True})
 
 if __name__ == "__main__":
     app()

@@ -32,7 +32,7 @@ from megacomp.gptq import ordering
 from megacomp.gptq.ordering import Arrangement
 from megacomp.kernels.dequant_gemm import Int4Pack, dequant_gemm
 from megacomp.kernels.grouped_weight import GroupedWeight
-from megacomp.launch import command, distributed, environment, files
+from megacomp.launch import command, distributed, environment, files, ranked
 
 SHAPES = {"Llama-2-70B": (8192, 28672), "Granite-20B": (6144, 24576)}
 ROWS = (1, 2, 4, 8, 16)
@@ -234,7 +234,7 @@ def main(
     """Measure every scheme for both models and 1 to 16 rows."""
     files.check_writable(out)
     ranks = distributed.ensure_ranks(
-        distributed.launched_world_size() or tp, "benchmarks.tp_dequant", command.arguments(ctx)
+        distributed.launched_world_size() or tp, "benchmarks.tp_dequant", ranked.arguments(ctx)
     )
     device = torch.device("cpu")
     results = []
@@ -272,7 +272,7 @@ def _table(results: list[dict[str, Any]], scale: int) -> Table:
     return table
 
 
-app = command.single(main)
+app = ranked.single(main)
 
 if __name__ == "__main__":
     app()

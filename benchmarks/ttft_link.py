@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks import shaped_link
 from benchmarks.markdown import replace_table
 from benchmarks.ttft_link_worker import Task
-from megacomp.launch import command, files
+from megacomp.launch import command, files, ranked
 from megacomp.launch.errors import LaunchError
 
 WORKER = "benchmarks.ttft_link_worker"
@@ -345,7 +345,7 @@ def _chart(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-app = command.single(main)
+app = ranked.single(main)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megacomp.collectives import Route
 from megacomp.kernels import launch_config as launching
-from megacomp.launch import command, distributed, engines, environment, files, kernel_bench
+from megacomp.launch import command, distributed, engines, environment, files, kernel_bench, ranked
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.measure import measure
 
@@ -21,7 +21,7 @@ _MIB = 2**20
 
 KERNEL_CODECS = ("mxfp4", "nvfp4", '{"preset": "int4", "rotation": 128}', "int8")
 
-app = typer.Typer(cls=command.RankedGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=ranked.RankedGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 class AlgorithmName(str, Enum):
@@ -44,7 +44,7 @@ def _group() -> None:
     """How long things take on this machine."""
 
 
-@app.command("collective", cls=command.RankedCommand)
+@app.command("collective", cls=ranked.RankedCommand)
 def collective(
     ctx: typer.Context,
     codec: Annotated[
@@ -75,7 +75,7 @@ def collective(
     files.check_writable(json_file)
     if tp is None and distributed.launched_world_size() is None:
         tp = 2
-    ranks = distributed.ensure_ranks(tp, "megacomp.launch.bench", ["collective", *command.arguments(ctx)])
+    ranks = distributed.ensure_ranks(tp, "megacomp.launch.bench", ["collective", *ranked.arguments(ctx)])
     device = distributed.default_device()
     element = engines.DTYPES[dtype.value]
     with distributed.process_group(ranks, device):
@@ -94,7 +94,7 @@ def collective(
         files.write_json(json_file, result)
 
 
-@app.command("kernels", cls=command.RankedCommand)
+@app.command("kernels", cls=ranked.RankedCommand)
 def kernels(
     codec: Annotated[
         list[str] | None,

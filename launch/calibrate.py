@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megacomp import codecs
 from megacomp.calibration import Calibration
-from megacomp.launch import command, engines, files, text
+from megacomp.launch import command, engines, files, ranked, text
 from megacomp.launch.calibration import calibrate, pick_sequences, write
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.engines.checkpoint import model_digest
@@ -50,7 +50,7 @@ def run(
     architecture = engines.check(model, engine.value, tp=ranks_wanted)
     tokens = text.read(model, architecture, text_file, tokens_file, sequence_length)
     digest = model_digest(model)
-    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.calibrate", command.arguments(ctx))
+    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.calibrate", ranked.arguments(ctx))
     if (simulate_tp or ranks) == 1:
         raise LaunchError("one rank reduces nothing: give --tp N or --simulate-tp N, as the model will run")
 
@@ -95,7 +95,7 @@ def _table(calibration: Calibration, out: Path, tokens: int) -> Table:
     return shown
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from megacomp.launch import bench, calibrate, convert, doctor, generate, inspect, plan, run, search, tune
-from megacomp.launch import eval as eval_command
-from megacomp.launch.command import RankedCommand, RankedGroup
+from megacomp.launch.ranked import RankedGroup
 from megacomp.version import __version__
+
+COMMANDS = {
+    "run": "Run an unmodified inference script with megacomp installed; report at its end what was compressed.",
+    "generate": "Continue a prompt greedily.",
+    "eval": "Perplexity, divergence, bytes on the wire and time to first token, uncompressed and compressed.",
+    "calibrate": "Write what static codecs need to know of every site and rank, from a text.",
+    "inspect": "Ranges, kurtosis and outlier features of the partials at every site, and each codec's SQNR on them.",
+    "search": "Find the codec of each site: the fewest bits by which the whole model stays within a budget.",
+    "convert": "Write a GPTQ checkpoint as one file per rank, in the order in which a model runs.",
+    "tune": "Find the fastest way to all_reduce each size of message, and from which size on compression pays.",
+    "doctor": "Check versions, frameworks, devices, backends, and what a configuration would do to a model.",
+    "plan": "Predict the first token and those after it, uncompressed and for each codec; recommend a section.",
+    "bench": "How long collectives and kernels take on this machine.",
+}
+"""What the list of commands says of each. A command is the `app` of the module of its name."""
+
+
+class _Commands(RankedGroup):
+    """The commands, of which only the one that is started is imported: torch and all behind it take seconds."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """For the list of commands and for the spelling of one; `resolve_command` brings the one to run."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, listed, rest = super().resolve_command(ctx, args)
+        if listed is None:
+            return name, listed, rest
+        return name, typer.main.get_command(import_module(f"megacomp.launch.{name}").app), rest
+
 
 app = typer.Typer(
     name="megacomp",
-    cls=RankedGroup,
+    cls=_Commands,
     help="Compressed communication for tensor-parallel LLM inference with DeepSpeed and Megatron-core.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,19 +67,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-app.command("run", cls=RankedCommand, context_settings=run.CONTEXT_SETTINGS)(run.run)
-app.command("generate", cls=RankedCommand)(generate.run)
-app.command("eval", cls=RankedCommand)(eval_command.run)
-app.command("calibrate", cls=RankedCommand)(calibrate.run)
-app.command("inspect", cls=RankedCommand)(inspect.run)
-app.command("search", cls=RankedCommand)(search.run)
-app.command("convert", cls=RankedCommand)(convert.run)
-app.command("tune", cls=RankedCommand)(tune.run)
-app.command("doctor", cls=RankedCommand)(doctor.run)
-app.command("plan", cls=RankedCommand)(plan.run)
-app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megacomp.gptq import CheckpointError, Order
 from megacomp.gptq.shards import CONVERTED_INDEX, CONVERTED_VERSION, CheckpointShards, LinearShard, Shards, rank_file
-from megacomp.launch import command
+from megacomp.launch import command, ranked
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
 
@@ -119,7 +119,7 @@ def _tensors(name: str, shard: LinearShard) -> dict[str, torch.Tensor]:
     return {f"{name}.{kind}": tensor.contiguous() for kind, tensor in tensors.items() if tensor is not None}
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from megacomp import config as configuration
 from megacomp.config import Config, ConfigError
-from megacomp.launch import command, diagnosis, distributed, environment, files
+from megacomp.launch import command, diagnosis, distributed, environment, files, ranked
 from megacomp.launch.diagnosis import Finding, Message, Verdict
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
@@ -189,7 +189,7 @@ def _messages(messages: Sequence[Message], title: str) -> Table:
     return table
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

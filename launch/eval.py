@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from megacomp import config as configuration
-from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch import command, engines, environment, files, ranked, text
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.evaluation import Evaluation, evaluate
@@ -88,7 +88,7 @@ def run(
         loaded = harness.load_tasks(names, task_dir, num_fewshot=num_fewshot)
     else:
         tokens = text.read(model, architecture, text_file, tokens_file, sequence_length)
-    ranks = ensure_ranks(tp, "megacomp.launch.eval", command.arguments(ctx))
+    ranks = ensure_ranks(tp, "megacomp.launch.eval", ranked.arguments(ctx))
 
     with (
         command.build_engine(model, engine.value, ranks, dtype.value, section, simulate_tp) as built,
@@ -207,7 +207,7 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -11,7 +11,7 @@ import typer
 
 import megacomp
 from megacomp import config as configuration
-from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch import command, engines, environment, files, ranked, text
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.errors import LaunchError
 
@@ -60,7 +60,7 @@ def run(
             f"a prompt of {tokens.shape[1]} tokens and --max-new-tokens {max_new_tokens} make {length}, "
             f"but the model has positions for {architecture.max_positions}"
         )
-    ranks = ensure_ranks(tp, "megacomp.launch.generate", command.arguments(ctx))
+    ranks = ensure_ranks(tp, "megacomp.launch.generate", ranked.arguments(ctx))
 
     with command.build_engine(model, engine.value, ranks, dtype.value, section, simulate_tp) as built:
         compression = megacomp.install(section, model=built.module) if section is not None else nullcontext()
@@ -91,7 +91,7 @@ def run(
         files.write_json(json_file, {**result, "environment": described})
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

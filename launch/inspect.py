@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch import command, engines, environment, files, ranked, text
 from megacomp.launch.calibration import pick_sequences
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.errors import LaunchError
@@ -52,7 +52,7 @@ def run(
     files.check_figure(plot_file)
     architecture = engines.check(model, engine.value, tp=command.requested_ranks(tp, simulate_tp))
     tokens = pick_sequences(text.read(model, architecture, text_file, tokens_file, sequence_length), sequences, seed)
-    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.inspect", command.arguments(ctx))
+    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.inspect", ranked.arguments(ctx))
     if (simulate_tp or ranks) == 1:
         raise LaunchError("one rank reduces nothing: give --tp N or --simulate-tp N, as the model will run")
     with (
@@ -125,7 +125,7 @@ def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

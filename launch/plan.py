@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from megacomp.launch import command, files, planning
+from megacomp.launch import command, files, planning, ranked
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.hardware import GPUS, LINKS, Gpu, Link
@@ -260,7 +260,7 @@ def _draw(path: Path, architecture: Architecture, system: System, workload: Work
     pyplot.close(figure)
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

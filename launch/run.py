@@ -12,7 +12,7 @@ import typer
 import megacomp
 from megacomp import config as configuration
 from megacomp.installation import ScriptInstallation
-from megacomp.launch import command, files
+from megacomp.launch import command, files, ranked
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.errors import LaunchError
 
@@ -49,8 +49,8 @@ def run(
     files.check_writable(json_file)
     if not module and not Path(script).is_file():
         raise LaunchError(f"no file {script}")
-    ensure_ranks(tp, "megacomp.launch.run", command.arguments(ctx))
-    own = [*command.local_rank_argument(ctx), *(script_arguments or [])]
+    ensure_ranks(tp, "megacomp.launch.run", ranked.arguments(ctx))
+    own = [*ranked.local_rank_argument(ctx), *(script_arguments or [])]
     if section is None:
         with ScriptInstallation() as found:
             try:
@@ -92,7 +92,7 @@ def _report(installation: megacomp.Installation | None, json_file: Path | None) 
         files.write_json(json_file, None if report is None else report.to_dict())
 
 
-app = command.single(run, context_settings=CONTEXT_SETTINGS)
+app = ranked.single(run, context_settings=CONTEXT_SETTINGS)
 
 if __name__ == "__main__":
     app()

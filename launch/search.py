@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from megacomp import config as configuration
-from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch import command, engines, environment, files, ranked, text
 from megacomp.launch.calibration import pick_sequences
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.engines.checkpoint import model_digest
@@ -86,7 +86,7 @@ def run(
     architecture = engines.check(model, engine.value, tp=command.requested_ranks(tp, simulate_tp), weights=weights)
     tokens = pick_sequences(text.read(model, architecture, text_file, tokens_file, sequence_length), sequences, seed)
     digest = model_digest(model)
-    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.search", command.arguments(ctx))
+    ranks = 1 if simulate_tp is not None else ensure_ranks(tp, "megacomp.launch.search", ranked.arguments(ctx))
     if (simulate_tp or ranks) == 1:
         raise LaunchError("one rank reduces nothing: give --tp N or --simulate-tp N, as the model will run")
 
@@ -149,7 +149,7 @@ def _table(result: Search) -> Table:
     return shown
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megacomp import config as configuration
 from megacomp.collectives import Route
-from megacomp.launch import autotune, command, distributed, engines, environment, files, kernel_bench
+from megacomp.launch import autotune, command, distributed, engines, environment, files, kernel_bench, ranked
 from megacomp.launch.errors import LaunchError
 from megacomp.tuning import Key, Plan, Tuning, TuningError, cache_file, plan
 
@@ -58,7 +58,7 @@ def run(
     files.check_figure(plot)
     if tp is None and distributed.launched_world_size() is None:
         tp = 2
-    world_size = distributed.ensure_ranks(tp, "megacomp.launch.tune", command.arguments(ctx))
+    world_size = distributed.ensure_ranks(tp, "megacomp.launch.tune", ranked.arguments(ctx))
     if world_size < 2:
         raise LaunchError("one rank sends nothing: tuning takes at least two (--tp 2)")
     device = distributed.default_device()
@@ -198,7 +198,7 @@ def _chart(tuning: Tuning, routes: Sequence[Route], plans: Sequence[Plan], path:
     pyplot.close(figure)
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 
 from examples.demo_lm.corpus import held_out_text
-from megacomp.launch import command, engines, environment, files, text
+from megacomp.launch import command, engines, environment, files, ranked, text
 from megacomp.launch.distributed import ensure_ranks
 from megacomp.launch.evaluation import Evaluation, evaluate
 
@@ -83,7 +83,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     for name in engines.ENGINES:
         engines.check(MODEL, name, tp=tp)
-    ranks = ensure_ranks(tp, "examples.demo_lm.run", command.arguments(ctx))
+    ranks = ensure_ranks(tp, "examples.demo_lm.run", ranked.arguments(ctx))
     tokens = text.cut_text(held_out_text(), text.load_tokenizer(MODEL), SEQUENCE_LENGTH)[:sequences]
     rows: list[Row] = []
     with command.progress() as progress:
@@ -158,7 +158,7 @@ def _chart(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-app = command.single(run)
+app = ranked.single(run)
 
 if __name__ == "__main__":
     app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,27 @@ def test_a_folder_without_a_tokenizer_or_a_model(folder: Path, tmp_path: Path) -
         result = _call(arguments[0], "--model", tmp_path, *arguments[1:])
         assert result.exit_code == 2
         assert "holds no tokenizer" in result.output and "use --tokens FILE.npy" in result.output
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_one(name: str) -> None:
+    result = _call(name, "--help")
+    assert result.exit_code == 0 and f"Usage: megacomp {name} " in result.output
+
+
+LISTING = """
+import sys
+from typer.testing import CliRunner
+from megacomp.launch.cli import COMMANDS, app
+for arguments in (["--help"], ["--version"], ["evaluate"]):
+    result = CliRunner().invoke(app, arguments)
+    assert arguments != ["--help"] or all(f" {name} " in result.output for name in COMMANDS), result.output
+assert not {"torch", "numpy"} & set(sys.modules), "listing commands imports them"
+"""
+
+
+def test_commands_are_listed_without_being_imported() -> None:
+    subprocess.run([sys.executable, "-c", LISTING], check=True)
 
 
 def test_unknown_options_and_choices_are_usage_errors(folder: Path) -> None:
