@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from megacomp import codecs
 from megacomp.codecs import Codec
 from megacomp.policy import Site
 
-__all__ = ["Allocation", "Frontier", "close_in", "communication", "written"]
+__all__ = ["Allocation", "Frontier", "close_in", "communication", "notation", "written"]
 
 Allocation = Mapping[Site, Codec | None]
 """The codec of each site; None leaves it exact."""
@@ -143,7 +143,7 @@ def communication(allocation: Allocation) -> dict[str, Any]:
         for module, layers in there.items():
             if not layers or (alike and module != modules[0]):
                 continue
-            rule: dict[str, Any] = {} if layers == every[module] else {"layers": _notation(layers)}
+            rule: dict[str, Any] = {} if layers == every[module] else {"layers": notation(layers)}
             rules.append({**rule, **({} if alike else {"module": module}), "codec": _spec(codec)})
     return {"codec": _spec(usual), "rules": rules} if rules else {"codec": _spec(usual)}
 
@@ -165,10 +165,10 @@ def _spec(codec: Codec | None) -> str | dict[str, Any] | None:
     return None if codec is None else written(codec)
 
 
-def _notation(layers: set[int | None]) -> str:
-    """Layers as rules name them: "0,3,5-9"."""
+def notation(layers: Iterable[int | None]) -> str:
+    """Layers as rules name them, None left out: "0,3,5-9"."""
     spans: list[list[int]] = []
-    for layer in sorted(layer for layer in layers if layer is not None):
+    for layer in sorted({layer for layer in layers if layer is not None}):
         if spans and layer == spans[-1][1] + 1:
             spans[-1][1] = layer
         else:

@@ -36,6 +36,7 @@ from megacomp.config import Communication, Config, ConfigError
 from megacomp.door import Door
 from megacomp.kernels.backend import BACKENDS, backend_problem
 from megacomp.launch import distributed
+from megacomp.launch.allocation import notation
 from megacomp.launch.engines import cpu_host
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.errors import LaunchError
@@ -529,7 +530,7 @@ def _messages(
             tokens=tokens,
             bytes=tokens * features * dtype.itemsize,
             sites=len(members),
-            layers=_ranges({site.layer for site in members if site.layer is not None}),
+            layers=notation(site.layer for site in members).replace(",", ", "),
             module="" if len(modules) == 2 else str(*modules),
             compressed=isinstance(outcome, Route),
             what=what,
@@ -543,17 +544,6 @@ def _with_rules(config: Config, count: int) -> Policy:
     """The policy of the first `count` rules alone."""
     communication = config.communication.model_copy(update={"rules": config.communication.rules[:count]})
     return Policy(config.model_copy(update={"communication": communication}))
-
-
-def _ranges(layers: set[int]) -> str:
-    """{0, 1, 2, 5} as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for layer in sorted(layers):
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def _verdicts(

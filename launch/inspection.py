@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from megacomp.launch.engines import Engine
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.files import check_figure, write_figure
 from megacomp.policy import Site
+from megacomp.telemetry import sqnr_db
 
 __all__ = ["Inspection", "OutlierFeature", "SiteInspection", "inspect", "plot"]
 
@@ -255,8 +255,7 @@ class _Sums:
 
     def sqnr_db(self, codec: str) -> float | None:
         """Of one codec; None without a signal, or an error."""
-        signal, noise = self.signal.item(), self.noise[codec].item()
-        return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        return sqnr_db(self.signal.item(), self.noise[codec].item())
 
 
 class _Inspector:
