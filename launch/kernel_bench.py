@@ -166,7 +166,8 @@ def check(case: Case, device: torch.device, seed: int, large: bool = False) -> d
         ``float64_error``, relative, in norm, or None; ``error``, what was raised, or None.
     """
     if large and isinstance(codec_of(case.spec), StaticCodec):
-        processors = launching.gpu_processors(device.index if device.type == "cuda" else None)
+        # By the processors that the kernel goes by: so many rows more are two or more for each of its programs.
+        processors = launching.gpu_processors(launching.current_gpu())
         case, large = replace(case, rows=case.rows + 2 * processors), False
     result = {**case.describe(), "launch": None, "passed": False, "wrong": None, "float64_error": None, "error": None}
     try:

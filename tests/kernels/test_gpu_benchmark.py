@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -131,6 +132,25 @@ def test_a_wrong_kernel_fails_its_check(kernels_are, operation):
     kernels_are("int8")
     raised = kernel_bench.check(case, CPU, 1)
     assert not raised["passed"] and raised["error"].startswith("ValueError: ")
+
+
+def test_a_large_message_of_a_static_codec_has_programs_of_two_rows(monkeypatch):
+    """On whatever GPU is current, which is what "cuda" without an index means."""
+    encoding = importlib.import_module("megacomp.kernels.static_encode")
+    for module in (launching, encoding):
+        monkeypatch.setattr(module, "current_gpu", lambda: 0)
+        monkeypatch.setattr(module, "gpu_processors", lambda gpu: 1 if gpu is None else 132)
+    seen: list[Case] = []
+
+    def compare(case: Case, device: torch.device, generator: torch.Generator) -> tuple[int, None]:
+        seen.append(case)
+        return 0, None
+
+    monkeypatch.setattr(kernel_bench, "_compare", compare)
+    small = Case("encode", "static4", 1, 67, 4096)
+    for large in (False, True):
+        assert kernel_bench.check(small, torch.device("cuda"), 1, large)["passed"]
+    assert [encoding.rows_per_program(case.rows) for case in seen] == [1, 2]
 
 
 def test_nans_are_one_and_signs_of_zero_are_two():
