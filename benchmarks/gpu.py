@@ -67,7 +67,7 @@ CHECKED = (
 )
 FEATURES = 4096
 GEMM_SECONDS = 120
-"""No GEMM is begun that long after the first; meant to be enough, compiling included."""
+"""No GEMM is timed that would begin that long after the first; meant to be enough for all, compiling included."""
 
 LARGE = 64
 """MiB from which the aims hold, and the size at which torch.compile is measured."""
@@ -361,24 +361,18 @@ def aims(cases: Sequence[dict[str, Any]], small: Sequence[dict[str, Any]]) -> li
 
 def gemm_aims(gemms: Sequence[dict[str, Any]], products: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As of ``aims``. A shard is one of at least two ranks' parts."""
-    encoded = [(case["times_two_steps"], gemm_where(case)) for case in products]
+    encoded = [(case["times_two_steps"], gpu_gemm.where(case)) for case in products]
     few = [
-        (case["times_bf16"], gemm_where(case))
+        (case["times_bf16"], gpu_gemm.where(case))
         for case in gemms
         if case["model"] == "Llama-70B" and case["ranks"] > 1 and case["rows"] <= gpu_gemm.FEW_ROWS
     ]
-    many = [(case["times_bf16"], gemm_where(case)) for case in gemms if case["rows"] == gpu_gemm.LARGE_ROWS]
+    many = [(case["times_bf16"], gpu_gemm.where(case)) for case in gemms if case["rows"] == gpu_gemm.LARGE_ROWS]
     return [
         _aim("dequant_gemm, 1 to 16 rows, Llama-70B shards: at least 3 times as fast as bf16", few, least=3),
         _aim("dequant_gemm, 4096 rows: at most 10 % slower than bf16", many, least=1 / 1.1),
         _aim("dequant_gemm_encode: faster than dequant_gemm and then encode", encoded, least=1),
     ]
-
-
-def gemm_where(case: dict[str, Any]) -> str:
-    """Which linear, or MLP, it was, in words."""
-    codec = f", {case['encoded']}" if "encoded" in case else ""
-    return f"{case['model']}, TP {case['ranks']}, {case.get('linear', 'MLP')}, {case['rows']} rows{codec}"
 
 
 def _aim(
@@ -421,7 +415,7 @@ def failures(result: dict[str, Any]) -> list[str]:
         f"{where(case)}: {case['error']}" for case in result["cases"] if case["error"] and not out_of_memory(case)
     ]
     lines += [
-        f"dequant_gemm, {gemm_where(case)}: {case['error']}"
+        f"dequant_gemm, {gpu_gemm.where(case)}: {case['error']}"
         for case in [*gemm["gemms"], *gemm["products"], *gemm["mlps"]]
         if case["error"] and not out_of_memory(case)
     ]
@@ -463,7 +457,7 @@ def show(result: dict[str, Any]) -> None:
     ):
         rows = [
             [
-                gemm_where(case),
+                gpu_gemm.where(case),
                 *(shown((case["contenders"] or {}).get(name, {}).get("median_us")) for name in names),
                 "" if case[f"times_{against}"] is None else f"{case[f'times_{against}']:.2f}",
             ]

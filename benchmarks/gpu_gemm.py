@@ -41,6 +41,9 @@ from megacomp.launch.kernel_bench import describe_error
 
 Calls = Sequence[Callable[[], torch.Tensor]]
 
+Go = Callable[[str], bool]
+"""Told what is to be begun, says whether there is time for it."""
+
 GROUP_SIZE = 128
 FLOORS_DB = {"bfloat16": 48.0, "float16": 64.0}
 """Those of tests/gptq/test_dequant_gemm.py: rounded weights and results leave no more."""
@@ -273,21 +276,37 @@ def _finite(figure: float) -> float | None:
     return figure if math.isfinite(figure) else None
 
 
+def where(case: Mapping[str, Any]) -> str:
+    """Which linear, or MLP, it is, in words, as far as the case says."""
+    rows = f", {case['rows']} rows" if "rows" in case else ""
+    codec = f", {case['encoded']}" if "encoded" in case else ""
+    return f"{case['model']}, TP {case['ranks']}, {case.get('linear', 'MLP')}{rows}{codec}"
+
+
 def time_mlp(
-    model: str, ranks: int, rows: Sequence[int], device: torch.device, repeats: int, mlps: Mapping[str, Mlp] = MLPS
+    model: str,
+    ranks: int,
+    rows: Sequence[int],
+    device: torch.device,
+    repeats: int,
+    go: Go,
+    mlps: Mapping[str, Mlp] = MLPS,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what was timed at so many rows, and what it is.
+    """Yields what was timed at so many rows, and what it is, as long as ``go`` agrees.
 
     "gemms": one linear. "products": the second linear of several ranks, encoded. "mlps": the whole MLP of one rank.
+    ``go`` is asked before every measurement, and before weights are made for several of them.
     """
     generator = torch.Generator(device).manual_seed(ranks)
     mlp = mlps[model]
     case = {"model": model, "ranks": ranks}
     for name, shape in mlp.linears(ranks).items():
         case |= {"linear": name, "in_features": shape[0], "out_features": shape[1]}
-        yield from _time_linear(case, shape, rows, device, repeats, generator)
+        if go(where(case)):
+            yield from _time_linear(case, shape, rows, device, repeats, go, generator)
     case = {"model": model, "ranks": ranks, "note": NOTE}
-    yield from (("mlps", found) for found in _time_whole(case, mlp, rows, device, repeats, generator))
+    if go(where(case)):
+        yield from (("mlps", found) for found in _time_whole(case, mlp, rows, device, repeats, go, generator))
 
 
 def _time_linear(
@@ -296,6 +315,7 @@ def _time_linear(
     rows: Sequence[int],
     device: torch.device,
     repeats: int,
+    go: Go,
     generator: torch.Generator,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     values = shape[0] * shape[1]
@@ -328,15 +348,19 @@ def _time_linear(
         }
 
     for count in rows:
+        what = {**case, "rows": count}
+        if not go(where(what)):
+            continue
         x = inputs(count)
-        found = _timed({**case, "rows": count}, contenders(x), repeats, lambda x=x: describe_launch(x, weights[0]))  # type: ignore[misc]
+        found = _timed(what, contenders(x), repeats, lambda x=x: describe_launch(x, weights[0]))  # type: ignore[misc]
         found["torch_int4_problem"] = problem
         found["times_torch_int4"] = times_as_fast(found["contenders"] or {}, "int4", "torch_int4")
         yield "gemms", found
     if case["linear"] == "down" and case["ranks"] > 1:
         for count, spec in itertools.product(ENCODED_ROWS, ENCODED):
             what = {**case, "rows": count, "encoded": spec}
-            yield "products", _timed(what, encoders(inputs(count), block_codec(spec)), repeats, against="two_steps")
+            if go(where(what)):
+                yield "products", _timed(what, encoders(inputs(count), block_codec(spec)), repeats, against="two_steps")
 
 
 def _time_whole(
@@ -345,6 +369,7 @@ def _time_whole(
     rows: Sequence[int],
     device: torch.device,
     repeats: int,
+    go: Go,
     generator: torch.Generator,
 ) -> Iterator[dict[str, Any]]:
     up, down = mlp.linears(case["ranks"]).values()
@@ -368,13 +393,16 @@ def _time_whole(
         return lambda: torch.matmul(mlp.activate(torch.matmul(x, first)), second)
 
     for count in rows:
+        what = {**case, "rows": count}
+        if not go(where(what)):
+            continue
         x = torch.randn(count, mlp.hidden, generator=generator, device=device).bfloat16()
         contenders: dict[str, Calls] = {
             "tp_aware": [quantized(x, *pair) for pair in zip(ups, sorted_downs, strict=True)],
             "replicated": [quantized(x, *pair) for pair in zip(ups, downs, strict=True)],
             "bf16": [plain(x, *pair) for pair in zip(dense[::2], dense[1::2], strict=True)],
         }
-        found = _timed({**case, "rows": count}, contenders, repeats)
+        found = _timed(what, contenders, repeats)
         ranks = case["ranks"]
         found["all_gather_modelled_us"] = (ranks - 1) / ranks * count * mlp.inner * 2 / NVLINK_GB_PER_S / 1e3
         yield found

@@ -93,6 +93,24 @@ def check_large(job: Mapping[str, Any], write: Write) -> None:
         write({"checks": checks})
 
 
+def goes_on(seconds: float, result: dict[str, Any], write: Write) -> Callable[[str], bool]:
+    """What says whether something is still to be begun: for so many seconds from now, and while there is a GPU.
+
+    It is asked before every measurement. What was found until then is written first; what is not begun is listed in
+    ``result["skipped"]``.
+    """
+    end = time.monotonic() + seconds
+
+    def go(what: str) -> bool:
+        write(result)
+        if time.monotonic() < end and not kernel_bench.context_is_lost():
+            return True
+        result["skipped"].append(what)
+        return False
+
+    return go
+
+
 def measure(job: Mapping[str, Any], write: Write) -> None:
     """Times codecs one after the other.
 
@@ -101,18 +119,9 @@ def measure(job: Mapping[str, Any], write: Write) -> None:
     ``clocks``, ``tuning``, ``cases``, ``small`` and ``skipped``, what there was no time for.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    end = time.monotonic() + job["seconds"]
     result: dict[str, Any] = {"clocks": None, "tuning": [], "cases": [], "small": [], "skipped": []}
 
-    def go(what: str) -> bool:
-        """Whether there is time and a GPU left for ``what``."""
-        write(result)
-        if time.monotonic() < end and not kernel_bench.context_is_lost():
-            return True
-        result["skipped"].append(what)
-        write(result)
-        return False
-
+    go = goes_on(job["seconds"], result, write)
     kernel_bench.warm_up(device)
     result["clocks"] = clocks_under_load(device)
     features, repeats = job["features"], job["repeats"]
@@ -208,17 +217,13 @@ def measure_gemm(job: Mapping[str, Any], write: Write) -> None:
     from benchmarks import gpu_gemm
 
     device = torch.device("cuda", torch.cuda.current_device())
-    end = time.monotonic() + job["seconds"]
     result: dict[str, Any] = {"gemms": [], "products": [], "mlps": [], "skipped": []}
+    go = goes_on(job["seconds"], result, write)
     kernel_bench.warm_up(device)
     for model, ranks, rows in job["grid"]:
-        if time.monotonic() >= end or kernel_bench.context_is_lost():
-            result["skipped"].append(f"MLP of {model}, TP {ranks}")
-            continue
         try:
-            for kind, found in gpu_gemm.time_mlp(model, ranks, rows, device, job["repeats"]):
+            for kind, found in gpu_gemm.time_mlp(model, ranks, rows, device, job["repeats"], go):
                 result[kind].append(found)
-                write(result)
         except Exception as error:  # out of memory for the weights: fewer of them may do
             failed = {"model": model, "ranks": ranks, "linear": "", "rows": 0, "error": describe_error(error)}
             result["gemms"].append({**failed, "contenders": None, "times_bf16": None})

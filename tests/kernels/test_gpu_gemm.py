@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,17 @@ def host_times(contenders: Mapping[str, Sequence[Callable[[], object]]], repeats
     return {name: {"median_us": float(place)} for place, name in enumerate(contenders, 1)}
 
 
+def always(what: str) -> bool:
+    """There is time for everything."""
+    return True
+
+
 @pytest.mark.parametrize("model", list(MLP))
 def test_an_mlp_is_timed(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(kernel_bench, "graph_times", host_times)
     monkeypatch.setattr(kernel_bench, "context_is_lost", lambda: False)
     monkeypatch.setattr(gpu_gemm, "ENCODED_ROWS", (1, 17))
-    found = list(gpu_gemm.time_mlp(model, 2, (1, 17), CPU, 3, MLP))
+    found = list(gpu_gemm.time_mlp(model, 2, (1, 17), CPU, 3, always, MLP))
     json.dumps(found, allow_nan=False)
     assert [kind for kind, _ in found] == ["gemms"] * 4 + ["products"] * 4 + ["mlps"] * 2
     for kind, case in found:
@@ -170,8 +176,39 @@ def test_a_gemm_that_fails_is_recorded_and_the_next_goes_on(monkeypatch: pytest.
 
     monkeypatch.setattr(kernel_bench, "graph_times", times)
     monkeypatch.setattr(kernel_bench, "context_is_lost", lambda: False)
-    found = [case for kind, case in gpu_gemm.time_mlp("Granite-20B", 2, (1,), CPU, 3, MLP) if kind == "gemms"]
+    timed = gpu_gemm.time_mlp("Granite-20B", 2, (1,), CPU, 3, always, MLP)
+    found = [case for kind, case in timed if kind == "gemms"]
     assert [(case["error"], case["times_bf16"]) for case in found] == [("int4: E: no", None)] * 2
+
+
+def test_time_is_looked_at_before_every_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is no time for is listed, and no weights are made for it."""
+    monkeypatch.setattr(gpu_gemm, "_timed", lambda case, *others, **options: {**case, "contenders": None})
+    monkeypatch.setattr(kernel_bench, "context_is_lost", lambda: False)
+    seconds = 0.0
+    monkeypatch.setattr(gpu_worker, "time", types.SimpleNamespace(monotonic=lambda: seconds))
+    weights: list[tuple[int, ...]] = []
+    real = gpu_gemm.random_weight
+
+    def random_weight(*shape: Any, **options: Any) -> Any:
+        weights.append(shape[:2])
+        return real(*shape, **options)
+
+    monkeypatch.setattr(gpu_gemm, "random_weight", random_weight)
+    result: dict[str, Any] = {"skipped": []}
+    found = []
+    go = gpu_worker.goes_on(3, result, lambda result: None)
+    for kind, case in gpu_gemm.time_mlp("Granite-20B", 2, (1, 17), CPU, 3, go, MLP):
+        found.append((kind, case["linear"], case["rows"]))
+        seconds += 1
+    assert found == [("gemms", "up", 1), ("gemms", "up", 17), ("gemms", "down", 1)]
+    assert result["skipped"] == [
+        "Granite-20B, TP 2, down, 17 rows",
+        *(f"Granite-20B, TP 2, down, {n} rows, {codec}" for n in gpu_gemm.ENCODED_ROWS for codec in gpu_gemm.ENCODED),
+        "Granite-20B, TP 2, MLP",
+    ]
+    made = [shape for shape in weights if shape != (256, 64)]  # those that PyTorch's own GEMM is tried with
+    assert made == [(256, 256), (256, 256)]
 
 
 def gemm(rows: int, times_bf16: float | None, model: str = "Llama-70B", ranks: int = 8) -> dict[str, Any]:
@@ -254,7 +291,11 @@ def test_the_worker_runs_checks_in_a_process_of_its_own(tmp_path: Path, monkeypa
 
 
 def test_the_worker_times_model_by_model_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_mlp(model: str, ranks: int, *others: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def time_mlp(
+        model: str, ranks: int, rows: Any, device: Any, repeats: int, go: Callable[[str], bool]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not go(f"MLP of {model}, TP {ranks}"):
+            return
         yield "gemms", gemm(1, 3.0, model, ranks)
         if ranks == 8:
             raise torch.OutOfMemoryError("3 GiB")
