@@ -415,11 +415,24 @@ def failures(result: dict[str, Any]) -> list[str]:
         f"{where(case)}: {case['error']}" for case in result["cases"] if case["error"] and not out_of_memory(case)
     ]
     lines += [
+        f"4 KiB message, {what}: {timed['error']}"
+        for message in result["small"]
+        for what, timed in small_message_parts(message)
+        if timed.get("error") and not out_of_memory(timed)
+    ]
+    lines += [
         f"dequant_gemm, {gpu_gemm.where(case)}: {case['error']}"
         for case in [*gemm["gemms"], *gemm["products"], *gemm["mlps"]]
         if case["error"] and not out_of_memory(case)
     ]
     return lines + [f"timing: {error}" for error in [*result["errors"], *gemm["errors"]]]
+
+
+def small_message_parts(message: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What of a small message may have failed, in words: all of it, and each step that was timed."""
+    yield message["codec"], message
+    for step in ("encode", "decode_sum", "message"):
+        yield f"{message['codec']}, {step}", message.get(step, {})
 
 
 def describe_wrong(check: dict[str, Any]) -> str:

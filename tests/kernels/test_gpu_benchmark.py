@@ -181,7 +181,7 @@ def test_jobs_that_break_off_are_failed_checks(tmp_path):
     for found in (crashed, hung):
         checks = gpu.complete(cases, found)
         assert len(checks) == len(cases) and not any(check["passed"] for check in checks)
-        assert len(gpu.failures({"checks": checks, "cases": [], "errors": []})) == len(cases)
+        assert len(gpu.failures({"checks": checks, "cases": [], "small": [], "errors": []})) == len(cases)
 
 
 def timed(operation: str, mebibytes: float, codec: str = "mxfp4", peers: int = 1, **changes: Any) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def test_a_case_is_timed_and_what_it_wrote_is_checked(pretend_gpu, kernels_are, 
     monkeypatch.setattr(torch, "randn", fail)
     failed = kernel_bench.time_case(case, CPU, 1)
     assert failed["error"].startswith("OutOfMemoryError: ") and failed["median_us"] is None
-    assert gpu.failures({"checks": [], "cases": [failed], "errors": []}) == []
+    assert gpu.failures({"checks": [], "cases": [failed], "small": [], "errors": []}) == []
 
 
 def test_tuning_checks_every_candidate_and_keeps_the_fastest(pretend_gpu, kernels_are, monkeypatch):
@@ -372,6 +372,12 @@ def test_a_run_writes_what_it_found(monkeypatch, tmp_path, capsys, name):
         ("transport", {"transport": {}, "error": "exit code 1: X"}, "transport: exit code 1: X"),
         ("time", {"cases": [timed("encode", 64, wrong=3)]}, "encode, mxfp4, 64 MiB: 3 values differ"),
         ("time", {"cases": [timed("encode", 64, error="RuntimeError: no")]}, "encode, mxfp4, 64 MiB: RuntimeError: no"),
+        ("time", {"small": [{"codec": "int8", "error": "RuntimeError: no"}]}, "4 KiB message, int8: RuntimeError: no"),
+        (
+            "time",
+            {"small": [{"codec": "int8", "encode": {"median_us": 5.0}, "decode_sum": {"error": "RuntimeError: no"}}]},
+            "4 KiB message, int8, decode_sum: RuntimeError: no",
+        ),
         ("time", {"cases": [], "error": "exit code -11: "}, "timing: exit code -11"),
     ],
 )

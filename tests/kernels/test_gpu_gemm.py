@@ -266,7 +266,7 @@ def test_a_run(tmp_path: Path, quick: bool) -> None:
     json.dumps(found)
     assert [check["spec"] for check in found["checks"]] == [case["spec"] for case in gpu_gemm.check_grid(quick)]
     assert [aim["met"] for aim in found["aims"]] == [True, True, True]
-    nothing: dict[str, Any] = {"checks": [], "cases": [], "errors": []}
+    nothing: dict[str, Any] = {"checks": [], "cases": [], "small": [], "errors": []}
     assert gpu.failures({**nothing, "gemm": found}) == []
     broken = PretendWorkers(
         tmp_path,
@@ -312,7 +312,7 @@ def test_the_worker_times_model_by_model_and_goes_on_after_a_failure(monkeypatch
     assert [case["error"] for case in found["gemms"]] == [None, "OutOfMemoryError: 3 GiB", None]
     assert len(found["mlps"]) == 1 and found["skipped"] == []
     # Out of memory is no failed check, yet leaves the aim open.
-    result = {"checks": [], "cases": [], "errors": [], "gemm": {**found, "checks": [], "errors": []}}
+    result = {"checks": [], "cases": [], "small": [], "errors": [], "gemm": {**found, "checks": [], "errors": []}}
     assert gpu.failures(result) == [] and gpu.gemm_aims(found["gemms"], [])[0]["met"] is None
     gpu_worker.measure_gemm({**job, "seconds": 0}, written.append)
     assert written[-1]["skipped"] == ["MLP of Llama-70B, TP 8", "MLP of Llama-70B, TP 4"]
