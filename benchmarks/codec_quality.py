@@ -13,10 +13,9 @@ import typer
 
 from benchmarks.markdown import replace_table
 from megacomp import codecs
+from megacomp.launch.made_up import OUTLIER_EVERY, OUTLIER_GAIN
 
 ROWS, FEATURES = 256, 4096
-OUTLIER_EVERY, OUTLIER_GAIN = 97, 30.0
-
 
 QUIET = torch.arange(FEATURES) % OUTLIER_EVERY != 0
 """The features that are no outliers: over them one sees what the noise of the outliers does to the rest."""

@@ -41,10 +41,10 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_gemm
-from benchmarks.gpu_worker import nvidia_smi, operations, write_json
+from benchmarks.gpu_worker import nvidia_smi, operations
 from megacomp import codecs
 from megacomp.kernels.launch_config import device_problem, slug
-from megacomp.launch import environment, kernel_bench
+from megacomp.launch import environment, files, kernel_bench
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["checks" if isinstance(found, list) else "transport"] = (
                 [*result["checks"], *found] if isinstance(found, list) else found
             )
-            write_json(path, result)
+            files.write_json(path, result)
         timings = []
         groups = [list(TIMED)] if options.quick else [[spec] for spec in TIMED]
         for number, specs in enumerate(groups):
@@ -179,13 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"timing {', '.join(codecs_named(specs))} for at most {seconds:.0f} s")
             timings.append(run_timing(workers, plan, specs, options.tune, seconds))
             result |= merge(timings)
-            write_json(path, result)
+            files.write_json(path, result)
         say("checking and timing dequant_gemm")
         result["gemm"] = run_gemm(workers, plan, options.quick)
-        write_json(path, result)
+        files.write_json(path, result)
     result["aims"] = aims(result["cases"], result["small"])
     result["seconds"] = round(time.monotonic() - start, 1)
-    write_json(path, result)
+    files.write_json(path, result)
     show(result)
     failed = failures(result)
     for line in failed:

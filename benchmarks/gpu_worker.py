@@ -8,7 +8,6 @@ The result is written anew after every case, so that what was found before a cra
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from megacomp.kernels import launch_config as launching
-from megacomp.launch import kernel_bench
+from megacomp.launch import files, kernel_bench
 from megacomp.launch.kernel_bench import Case, describe_error
 
 Write = Callable[[dict[str, Any]], None]
@@ -29,7 +28,7 @@ def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
 
     def write(result: dict[str, Any]) -> None:
-        write_json(Path(result_file), result)
+        files.write_json(Path(result_file), result)
 
     torch.set_num_threads(int(job.get("threads", 1)))
     kinds: dict[str, Callable[[Mapping[str, Any], Write], None]] = {
@@ -41,13 +40,6 @@ def main(job_file: str, result_file: str) -> None:
         "gemm_time": measure_gemm,
     }
     kinds[job["kind"]](job, write)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes ``data`` as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def check(job: Mapping[str, Any], write: Write) -> None:

@@ -520,8 +520,7 @@ def describe_launch(case: Case) -> dict[str, Any] | None:
     if not isinstance(codec_of(case.spec), BlockCodec):
         return None
     format, layout, dtype = _launched(case)
-    config = launching.launch_config(case.operation, format, layout, case.rows, dtype)
-    return {**vars(config.tile), "num_warps": config.num_warps}
+    return _flat(launching.launch_config(case.operation, format, layout, case.rows, dtype))
 
 
 def _launched(case: Case) -> tuple[BlockFormat, Any, torch.dtype]:
