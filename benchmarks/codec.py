@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megacomp import codecs
-from megacomp.launch import environment, files
+from megacomp.launch import environment, files, ranked
 
 CODECS: tuple[str | dict[str, Any], ...] = (
     "mxfp4",
@@ -95,5 +95,7 @@ def main(
         files.write_json(out, {"message": message, "results": results, "environment": described})
 
 
+app = ranked.single(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

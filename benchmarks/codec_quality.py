@@ -11,10 +11,12 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.markdown import replace_table
+from benchmarks.markdown import check_table, replace_table
 from megacomp import codecs
+from megacomp.launch import ranked
 from megacomp.launch.made_up import OUTLIER_EVERY, OUTLIER_GAIN
 
+MODULE = "benchmarks.codec_quality"
 ROWS, FEATURES = 256, 4096
 
 QUIET = torch.arange(FEATURES) % OUTLIER_EVERY != 0
@@ -60,12 +62,15 @@ def main(
     write: Annotated[Path | None, typer.Option(help="Replace the table in this markdown file.")] = None,
 ) -> None:
     """Prints the table, or puts it between its marks in a file."""
+    check_table(write, MODULE)
     rows = table()
     if write is None:
         typer.echo(rows)
         return
-    replace_table(write, "benchmarks.codec_quality", rows)
+    replace_table(write, MODULE, rows)
 
+
+app = ranked.single(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -36,11 +36,13 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.markdown import replace_table
+from benchmarks.markdown import check_table, replace_table
 from megacomp import codecs
-from megacomp.launch import files
+from megacomp.launch import files, ranked
 from megacomp.launch.made_up import with_tables
 from megacomp.version import __version__
+
+MODULE = "benchmarks.compile_report"
 
 CODECS: tuple[str | dict[str, Any], ...] = (
     *("mxfp4", "nvfp4", "int4", {"preset": "int4", "rotation": 128}, "int8"),
@@ -354,6 +356,7 @@ def main(
 ) -> None:
     """Compiles every case and prints a table."""
     files.check_writable(out)
+    check_table(write, MODULE)
     operations = OPERATIONS
     if operation:
         pairs = (name.partition(":") for name in operation)
@@ -391,7 +394,7 @@ def main(
         )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     if write is not None:
-        replace_table(write, "benchmarks.compile_report", markdown(kernels))
+        replace_table(write, MODULE, markdown(kernels))
     if out is not None:
         versions = {
             "megacomp": __version__,
@@ -402,5 +405,7 @@ def main(
         files.write_json(out, {"versions": versions, "kernels": kernels})
 
 
+app = ranked.single(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

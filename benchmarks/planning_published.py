@@ -17,9 +17,10 @@ from typing import Annotated
 import typer
 
 from benchmarks import ttft_link
-from benchmarks.markdown import replace_table
+from benchmarks.markdown import check_table, replace_table
 from megacomp import codecs
 from megacomp.collectives import Route
+from megacomp.launch import ranked
 from megacomp.launch.engines.architecture import Architecture
 from megacomp.launch.hardware import GPUS, LINKS, MEMORY_SHARE, Gpu, Link
 from megacomp.launch.planning import (
@@ -35,6 +36,7 @@ from megacomp.launch.planning import (
 
 Spec = str | Mapping[str, object]
 
+MODULE = "benchmarks.planning_published"
 RESULTS = Path(__file__).parent / "results"
 
 MIB = 2**20
@@ -264,8 +266,11 @@ def main(
     if write is None:
         typer.echo(table())
         return
-    replace_table(write, "benchmarks.planning_published", table())
+    check_table(write, MODULE)
+    replace_table(write, MODULE, table())
 
+
+app = ranked.single(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.markdown import replace_table
+from benchmarks.markdown import check_table, replace_table
 from examples.demo_lm.corpus import held_out_text
 from megacomp import codecs
 from megacomp.config import Config
-from megacomp.launch import engines, environment, files, text
+from megacomp.launch import engines, environment, files, ranked, text
 from megacomp.launch.engines.checkpoint import model_digest
 from megacomp.launch.errors import LaunchError
 from megacomp.launch.searching import Budget, Measured, Search, search
@@ -143,7 +143,7 @@ def main(
 ) -> None:
     """Measures, prints the tables, and writes them where asked to."""
     files.check_writable(out)
-    files.check_writable(write)
+    check_table(write, MODULE)
     logging.getLogger("megacomp").setLevel(logging.ERROR)
     models = {"Demo model, hidden 256, outlier features": demo()}
     if data is not None:
@@ -165,5 +165,7 @@ def main(
         replace_table(write, MODULE, table(found))
 
 
+app = ranked.single(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megacomp import codecs
-from megacomp.launch import environment, files
+from megacomp.launch import environment, files, ranked
 
 CODECS = ("mxfp4", "nvfp4", "int8")
 PEERS = 2
@@ -74,5 +74,7 @@ def main(
         files.write_json(out, {"message": message, "results": results, "environment": described})
 
 
+app = ranked.single(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -25,11 +25,12 @@ import typer
 from rich.table import Table
 
 from benchmarks import shaped_link
-from benchmarks.markdown import replace_table
+from benchmarks.markdown import check_table, replace_table
 from benchmarks.ttft_link_worker import Task
 from megacomp.launch import command, files, ranked
 from megacomp.launch.errors import LaunchError
 
+MODULE = "benchmarks.ttft_link"
 WORKER = "benchmarks.ttft_link_worker"
 ENGINES = ("deepspeed", "megatron")
 
@@ -171,8 +172,8 @@ def main(
 ) -> None:
     """Measure every combination; about 20 minutes on two cores."""
     files.check_figure(chart)
-    for path in (out, write):
-        files.check_writable(path)
+    files.check_writable(out)
+    check_table(write, MODULE)
     if given is not None:
         results = json.loads(given.read_text())
     else:
@@ -218,7 +219,7 @@ def main(
     if chart is not None:
         _chart(results, chart)
     if write is not None:
-        replace_table(write, "benchmarks.ttft_link", _markdown(results))
+        replace_table(write, MODULE, _markdown(results))
 
 
 def _run(task: Task, ranks: int, file: Path) -> dict[str, Any]:
