@@ -53,7 +53,7 @@ class Link:
     def current(cls) -> Link:
         """The link that this process is a rank on. LaunchError if it is on none."""
         name, _, ranks = os.environ.get(_VARIABLE, "").partition("/")
-        if not ranks.isdigit():
+        if not ranks.isdecimal():
             raise LaunchError("this is to run in the ranks of benchmarks.shaped_link")
         return cls(name, int(ranks))
 

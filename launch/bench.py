@@ -66,7 +66,7 @@ def collective(
     json_file: command.JsonOption = None,
 ) -> None:
     """A compressed all_reduce against the plain one, in alternation, with what encoding and decoding take."""
-    chunks = int(pipeline_chunks) if pipeline_chunks.isdigit() else pipeline_chunks
+    chunks = int(pipeline_chunks) if pipeline_chunks.isdecimal() else pipeline_chunks
     try:
         gather = kernel_bench.codec_of(gather_codec) if gather_codec is not None else None
         route = Route(kernel_bench.codec_of(codec), gather, algorithm.value, chunks)  # type: ignore[arg-type]

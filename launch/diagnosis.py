@@ -303,7 +303,7 @@ def _cpu(ranks: int) -> Iterator[Finding]:
 def _threads(ranks: int, cores: int) -> Finding:
     setting = os.environ.get("OMP_NUM_THREADS")
     share = max(1, cores // ranks)
-    threads = int(setting) if setting and setting.isdigit() else cores
+    threads = int(setting) if setting and setting.isdecimal() else cores
     if ranks == 1 or ranks * threads <= max(cores, ranks):
         how = f"OMP_NUM_THREADS={setting}" if setting else "OMP_NUM_THREADS is not set"
         return Finding("devices", "threads", Verdict.FINE, f"{how}: {ranks} x {threads} threads on {cores} cores")

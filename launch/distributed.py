@@ -171,7 +171,7 @@ def _free_port() -> int:
 
 def _environment_count(name: str) -> int:
     value = os.environ.get(name, "")
-    if not value.isdigit():
+    if not value.isdecimal():
         raise LaunchError(
             f"the environment variable {name} is {value!r}: a launcher sets RANK, LOCAL_RANK and WORLD_SIZE"
         )

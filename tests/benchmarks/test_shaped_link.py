@@ -127,3 +127,6 @@ def test_a_rank_that_is_on_no_link_is_told_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("MEGACOMP_LINK", raising=False)
     with pytest.raises(LaunchError, match="shaped_link"):
         shaped_link.Link.current()
+    monkeypatch.setenv("MEGACOMP_LINK", "a/²")
+    with pytest.raises(LaunchError, match="shaped_link"):
+        shaped_link.Link.current()

@@ -222,8 +222,9 @@ def test_unknown_options_and_choices_are_usage_errors(folder: Path) -> None:
     for codec, problem in (("mxfp5", "unknown preset"), ("{", "error: ")):
         result = _call("bench", "collective", "--codec", codec)
         assert result.exit_code == 2 and problem in result.output
-    result = _call("bench", "collective", "--pipeline-chunks", "some")
-    assert result.exit_code == 2 and "pipeline_chunks must be" in result.output
+    for chunks in ("some", "²"):  # a digit, and no number
+        result = _call("bench", "collective", "--pipeline-chunks", chunks)
+        assert result.exit_code == 2 and "pipeline_chunks must be" in result.output
 
 
 def test_bench_collective(tmp_path: Path) -> None:

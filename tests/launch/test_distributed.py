@@ -39,9 +39,10 @@ def test_under_a_launcher_its_size_counts(bare: pytest.MonkeyPatch) -> None:
     assert (_ensure(None), _ensure(2), distributed.rank()) == (2, 2, 1)
     with pytest.raises(LaunchError, match="--tp 4, but the launcher started 2 ranks: leave --tp out"):
         _ensure(4)
-    bare.setenv("WORLD_SIZE", "two")
-    with pytest.raises(LaunchError, match="the environment variable WORLD_SIZE is 'two'"):
-        _ensure(None)
+    for size in ("two", "²"):
+        bare.setenv("WORLD_SIZE", size)
+        with pytest.raises(LaunchError, match=f"the environment variable WORLD_SIZE is '{size}'"):
+            _ensure(None)
 
 
 def test_more_ranks_replace_the_process_by_the_deepspeed_launcher(bare: pytest.MonkeyPatch) -> None:

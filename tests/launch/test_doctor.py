@@ -167,7 +167,7 @@ def test_gpus_their_link_and_a_want_of_them(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("setting", "ranks", "verdict"),
-    [(None, 1, "fine"), (None, 2, "note"), ("1", 2, "fine"), ("2", 2, "note"), ("1", 8, "fine")],
+    [(None, 1, "fine"), (None, 2, "note"), ("1", 2, "fine"), ("2", 2, "note"), ("1", 8, "fine"), ("²", 2, "note")],
 )
 def test_more_threads_than_cores_are_seen(
     setting: str | None, ranks: int, verdict: str, monkeypatch: pytest.MonkeyPatch
