@@ -12,11 +12,12 @@ run: $(READY)
 	$(BIN)/python -m examples.demo_lm.run --out runs/demo
 
 # torch by its exact version first: any other request fetches gigabytes of CUDA packages on a machine without a GPU.
+# Bytecode is left to the imports: of most packages only a few modules are ever imported.
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet triton==3.7.1
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable '.[test,plot]'
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile triton==3.7.1
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-compile --editable '.[test,plot]'
 	touch $@
 
 lint: $(READY)
@@ -26,7 +27,7 @@ lint: $(READY)
 # mypy cannot follow setup.cfg's package_dir in a source tree, so it reads the packages as they install.
 types: $(READY)
 	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --target build/check .
+	$(BIN)/pip install --quiet --no-compile --no-deps --target build/check .
 	cp -r benchmarks examples build/check
 	cd build/check && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p megacomp -p benchmarks -p examples
 

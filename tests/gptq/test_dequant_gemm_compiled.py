@@ -4,7 +4,7 @@ import pytest
 from uninterpreted import printed
 
 COMPILE = """
-import itertools, json
+import functools, itertools, json
 from unittest.mock import patch
 import torch
 from benchmarks.compile_report import ARCHITECTURES, SHARED_MEMORY_LIMIT, captured_launches, resources
@@ -17,6 +17,7 @@ def empty(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 inputs, outputs = 8192, 3584
+resources_of = functools.cache(resources)  # cases share kernels
 kernels = []
 cases = [*itertools.product(ARCHITECTURES, (1, 16, 64, 4096), (True,), (None, "mxfp4", "int8"))]
 cases += itertools.product((90,), (1, 64, 4096), (False,), (None, "mxfp4"))
@@ -45,7 +46,7 @@ for architecture, rows, ordered, codec in cases:
         matrix_instructions = any(name in launch.kernel.asm["ptx"] for name in ("mma.sync", "wgmma", "tcgen05.mma"))
         limit = SHARED_MEMORY_LIMIT[architecture]
         kernels.append(
-            {**case, **resources(launch.kernel), "limit": limit, "matrix_instructions": matrix_instructions}
+            {**case, **resources_of(launch.kernel), "limit": limit, "matrix_instructions": matrix_instructions}
         )
 print(json.dumps(kernels))
 """
