@@ -37,7 +37,7 @@ def all_reduce_norm(
     residual added one after the other round three times. The norm is that of the rounded residual, rounded once
     (numerics: megacomp.kernels.reduce_norm). Alone in its group, a rank encodes nothing.
 
-    Raises ValueError, before anything is sent, as all_reduce does, and for a residual, weight or bias of another
+    Raises what all_reduce does, and ValueError, before anything is sent, for a residual, weight or bias of another
     shape, device or kind of dtype, or one that needs a gradient.
     """
     check_tensor(x)
