@@ -18,13 +18,14 @@ def all_gather(
 
     x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not
         written to.
-    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+    group: any process group this rank is a member of, but no SimulatedGroup; None means the default group.
+    route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
 
     Returns a new tensor [rows * world, ..., features]; a rank's own part has gone through the codec as well.
     Alone in its group, a rank gets a copy of `x`.
 
     Raises what all_reduce does, and ValueError, before anything is sent, for a tensor of fewer than two
-    dimensions.
+    dimensions and a SimulatedGroup.
     """
     check_tensor(x, leading_dimensions=1)
     if torch.compiler.is_compiling() and trace is None:

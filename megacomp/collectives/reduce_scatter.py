@@ -20,14 +20,15 @@ def reduce_scatter(
 
     x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank, `rows` divisible by
         the world size; any strides; not written to.
-    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+    group: any process group this rank is a member of, but no SimulatedGroup; None means the default group.
+    route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
 
     Returns a new tensor [rows / world, ..., features]. One hop and one rounding by the codec, whatever the
     world size: each owner receives its rows from every rank and sums them in rank order in fp32. Alone in its
     group, a rank gets a copy of `x`.
 
     Raises what all_reduce does, and ValueError, before anything is sent, for a tensor of fewer than two
-    dimensions and for rows that do not divide.
+    dimensions, rows that do not divide, and a SimulatedGroup.
     """
     check_tensor(x, leading_dimensions=1)
     if torch.compiler.is_compiling() and trace is None:
