@@ -143,6 +143,9 @@ def test_ranks_run_as_their_caller_does(three: SimulatedRanks) -> None:
     finally:
         torch.set_num_threads(threads)
         _STATE.reset(token)
+    with torch.autocast("cpu", torch.float16):
+        assert three.run(lambda rank: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == [torch.float16] * 3
+    assert three.run(lambda rank: torch.is_autocast_enabled("cpu")) == [False] * 3
     with torch.inference_mode():
         assert three.run(state) == [("default", False, True, threads)] * 3
     assert three.run(state) == [("default", True, False, threads)] * 3
