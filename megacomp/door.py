@@ -133,22 +133,23 @@ class Door:
         for site in sites.values():
             self.telemetry.at(site)
 
-    def attach(
-        self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str], ranks: Collection[int] = ()
-    ) -> None:
-        """Learn the sites of a model that is known entirely, and which of its layers reduce unseen and why.
+    def check(self, sites: Mapping[torch.nn.Module, Site], ranks: Collection[int]) -> None:
+        """Raise ConfigError if a rule can match none of the sites of a model, or the calibration is for others.
 
-        ranks: the sizes of its tensor-parallel groups.
-
-        Raises ConfigError if a rule can match none of the sites, or the calibration is for others. A model
-        without any is legitimate (it is not split, or not covered) and only warned of.
+        sites: of a model that is known entirely; none are legitimate. ranks: the sizes of its tensor-parallel groups.
         """
         if sites:
             self.policy.check_rules(sites.values())
             weights = (getattr(layer, "weight", None) for layer in sites)
             features = {weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)}
             self.policy.check_calibration(list(sites.values()), features, ranks)
-        else:
+
+    def attach(self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str]) -> None:
+        """Learn the sites of a model that passed `check`, and which of its layers reduce unseen and why.
+
+        A model without sites is legitimate (it is not split, or not covered) and only warned of.
+        """
+        if not sites:
             _log.warning("the model has no row-parallel layer that megacomp covers: nothing will be compressed")
         for name, why in not_covered.items():
             _log.info("not covered: %s, %s", name, why)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import megacomp
 from megacomp.config import load
@@ -212,6 +213,31 @@ def test_rules_that_match_nothing_in_the_model_change_nothing(toy: ModuleType) -
     assert not patched(toy)
     with megacomp.install(config):
         assert patched(toy)
+
+
+def test_an_installation_that_other_ranks_refuse_leaves_the_one_in_place_as_it_is(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(*_: Any) -> None:
+        raise megacomp.AgreementError("rank 1 differs")
+
+    models = [torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Bilinear(2, 2, 2)]
+    quantized = QuantizedLinear.__new__(QuantizedLinear)
+    torch.nn.Module.__init__(quantized)
+    quantized.order = "tp_aware"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with megacomp.install(MXFP4) as installation:
+            before = installation.report()
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr("megacomp.installation.agree", disagree)
+                with pytest.raises(megacomp.AgreementError):
+                    megacomp.install(MXFP4, model=[*models, torch.nn.Sequential(quantized)])
+            assert installation.report() == before
+            megacomp.install(MXFP4, model=models).uninstall()
+            assert installation.report().not_covered == {"": "a bypass"}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_framework_not_imported_yet_is_patched_when_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
