@@ -269,9 +269,13 @@ def test_an_unsupported_version_imported_later_fails_that_import(
     (tmp_path / "toy_framework.py").write_text("__version__ = '3.0'\ndef reduce(x): return x\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("megacomp.installation.FRAMEWORKS", (Toy(),))
-    with megacomp.install(MXFP4), pytest.raises(UnsupportedVersionError, match=r"toy 3\.0"):
-        import toy_framework  # noqa: F401
-    assert "toy_framework" not in sys.modules
+    with megacomp.install(MXFP4) as installation:
+        for _ in range(2):
+            with pytest.raises(UnsupportedVersionError, match=r"toy 3\.0"):
+                import toy_framework  # noqa: F401
+            assert "toy_framework" not in sys.modules
+        (framework,) = installation.report().frameworks
+        assert (framework.version, framework.patches) == (None, ())
 
 
 SCRIPT = """
