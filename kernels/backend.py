@@ -12,7 +12,7 @@ from megacomp.kernels.compiled import compiler_problem
 from megacomp.kernels.launch_config import device_problem, launch_problem
 from megacomp.kernels.static_format import StaticFormat
 
-__all__ = ["BACKENDS", "backend_problem", "resolve_backend"]
+__all__ = ["BACKENDS", "backend_problem", "check_backend", "resolve_backend"]
 
 logger = logging.getLogger("megacomp")
 
@@ -28,6 +28,12 @@ def backend_problem(backend: str, device: torch.device) -> str | None:
     if backend == "triton":
         return device_problem(device)
     return None
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises RuntimeError if ``backend`` was asked for by name and cannot run on ``device``; ``auto`` always can."""
+    if (problem := backend_problem(backend, device)) is not None:
+        raise RuntimeError(f'backend "{backend}": {problem}')
 
 
 def resolve_backend(
@@ -58,8 +64,8 @@ def resolve_backend(
         backend = {"cpu": "compiled", "cuda": "triton"}.get(device.type, "reference")
         if backend_problem(backend, device) is not None:
             backend = "reference"
-    elif (problem := backend_problem(backend, device)) is not None:
-        raise RuntimeError(f'backend "{backend}": {problem}')
+    else:
+        check_backend(backend, device)
     if backend == "compiled" and (device.type != "cpu" or rows < 2):
         return "reference"
     if backend == "triton" and (problem := launch_problem(operation, format, features, device)) is not None:

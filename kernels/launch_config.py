@@ -33,6 +33,7 @@ from megacomp.kernels.static_format import StaticFormat
 from megacomp.kernels.tiles import Tile, longest_piece, needs_whole_rows
 
 __all__ = [
+    "NO_CACHE",
     "OPERATIONS",
     "LaunchConfig",
     "Measurement",
@@ -316,6 +317,8 @@ def _row_blocks(format: BlockFormat, layout: WireLayout) -> int:
 
 # What was measured?
 
+NO_CACHE = "there is no cache: this user has no home folder, and XDG_CACHE_HOME names no other"
+
 FILE_KIND, FILE_VERSION = "megacomp launch configurations", 1
 
 SHIPPED = Path(__file__).parent / "measured"
@@ -371,6 +374,8 @@ def measured(
     """The fastest configuration measured on GPUs named ``gpu`` for a message of nearly this size, if there is one."""
     key = _key(operation, format, layout, dtype)
     for path in (cache_file(gpu), SHIPPED / f"{slug(gpu)}.json"):
+        if path is None:
+            continue
         near = [
             found for found in _measurements(path, gpu).get(key, ()) if abs(found.log2_values - log2_values) <= NEAREST
         ]
@@ -392,9 +397,11 @@ def record(gpu: str, measurements: Iterable[Measurement]) -> Path:
         The file, replaced as a whole.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is no place for it.
     """
     path = cache_file(gpu)
+    if path is None:
+        raise FileNotFoundError(NO_CACHE)
     forget()
     kept = {(found.key, found.log2_values): found for group in _measurements(path, gpu).values() for found in group}
     kept |= {(found.key, found.log2_values): found for found in measurements}
@@ -419,17 +426,28 @@ def forget() -> None:
     _launch_config.cache_clear()
 
 
-def cache_file(gpu: str) -> Path:
-    """Where a user's measurements on GPUs named ``gpu`` are: ``$XDG_CACHE_HOME/megacomp/kernels/<gpu>.json``."""
-    return cache_folder("kernels") / f"{slug(gpu)}.json"
+def cache_file(gpu: str) -> Path | None:
+    """Where a user's measurements on GPUs named ``gpu`` are: ``$XDG_CACHE_HOME/megacomp/kernels/<gpu>.json``.
+
+    None as for :func:`cache_folder`.
+    """
+    folder = cache_folder("kernels")
+    return folder and folder / f"{slug(gpu)}.json"
 
 
-def cache_folder(name: str) -> Path:
-    """A folder of measurements of this user: ``$XDG_CACHE_HOME/megacomp/<name>``."""
+def cache_folder(name: str) -> Path | None:
+    """A folder of measurements of this user: ``$XDG_CACHE_HOME/megacomp/<name>``.
+
+    None, for the reason ``NO_CACHE``, where there is none: as in a container that runs under a bare user id.
+    """
     configured = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification ignores relative paths.
-    base = Path(configured) if Path(configured).is_absolute() else Path("~/.cache").expanduser()
-    return base / "megacomp" / name
+    if Path(configured).is_absolute():
+        return Path(configured) / "megacomp" / name
+    try:
+        return Path("~/.cache").expanduser() / "megacomp" / name
+    except RuntimeError:
+        return None
 
 
 def slug(name: str) -> str:

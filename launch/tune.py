@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megacomp import config as configuration
 from megacomp.collectives import Route
+from megacomp.kernels.launch_config import NO_CACHE
 from megacomp.launch import autotune, command, distributed, engines, environment, files, kernel_bench, ranked
 from megacomp.launch.errors import LaunchError
 from megacomp.tuning import Key, Plan, Tuning, TuningError, cache_file, plan
@@ -63,12 +64,14 @@ def run(
         raise LaunchError("one rank sends nothing: tuning takes at least two (--tp 2)")
     device = distributed.default_device()
     with distributed.process_group(world_size, device), command.progress() as progress:
+        key = Key.here(device, world_size)
+        path = cache_file(key) if out is None else out
+        if path is None:
+            raise LaunchError(f"{NO_CACHE}; name a file (--out)")
         sizes = autotune.messages(max_bytes, features, engines.DTYPES[dtype.value])
         task = progress.add_task("sizes and codecs", total=len(sizes) * len(routes))
         ranks = autotune.GroupRanks(None, device)
         codecs = autotune.tune(routes, sizes, ranks, repeats=repeats, done=lambda: progress.advance(task))
-        key = Key.here(device, world_size)
-        path = cache_file(key) if out is None else out
         measured = Tuning(
             key=key,
             hosts=_hosts(),

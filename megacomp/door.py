@@ -20,7 +20,7 @@ from megacomp import collectives
 from megacomp.agreement import agree, differences, statement
 from megacomp.collectives import CollectiveError, DeferredPartial, SimulatedGroup, materialized
 from megacomp.collectives.links import all_gather_single, reduce_scatter_single
-from megacomp.collectives.message import as_matrix
+from megacomp.collectives.message import as_matrix, cause_of, mark_failed, refuse_failed
 from megacomp.config import SECTION, ConfigError, load, read
 from megacomp.guard import Guard
 from megacomp.policy import Decline, Policy, Site
@@ -121,7 +121,6 @@ class Door:
         self._wire_bytes = lru_cache(maxsize=4096)(collectives.wire_bytes)
         self._agreed_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
         self._agreed_ranks: set[frozenset[int]] = set()
-        self._failed_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
         self._open = True
 
     def close(self) -> None:
@@ -134,22 +133,23 @@ class Door:
         for site in sites.values():
             self.telemetry.at(site)
 
-    def attach(
-        self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str], ranks: Collection[int] = ()
-    ) -> None:
-        """Learn the sites of a model that is known entirely, and which of its layers reduce unseen and why.
+    def check(self, sites: Mapping[torch.nn.Module, Site], ranks: Collection[int]) -> None:
+        """Raise ConfigError if a rule can match none of the sites of a model, or the calibration is for others.
 
-        ranks: the sizes of its tensor-parallel groups.
-
-        Raises ConfigError if a rule can match none of the sites, or the calibration is for others. A model
-        without any is legitimate (it is not split, or not covered) and only warned of.
+        sites: of a model that is known entirely; none are legitimate. ranks: the sizes of its tensor-parallel groups.
         """
         if sites:
             self.policy.check_rules(sites.values())
             weights = (getattr(layer, "weight", None) for layer in sites)
             features = {weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)}
             self.policy.check_calibration(list(sites.values()), features, ranks)
-        else:
+
+    def attach(self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str]) -> None:
+        """Learn the sites of a model that passed `check`, and which of its layers reduce unseen and why.
+
+        A model without sites is legitimate (it is not split, or not covered) and only warned of.
+        """
+        if not sites:
             _log.warning("the model has no row-parallel layer that megacomp covers: nothing will be compressed")
         for name, why in not_covered.items():
             _log.info("not covered: %s, %s", name, why)
@@ -195,12 +195,11 @@ class Door:
         """Compare configurations with the other ranks of `group`, unless that has been done.
 
         All ranks of the group must come here. Raises AgreementError on each of them if they differ, and
-        CollectiveError if a message has failed on this rank before.
+        CollectiveError if a message of it has failed on this rank before.
         """
+        refuse_failed(group)
         if group in self._agreed_groups:
             return
-        if (failure := self._failed_groups.get(group)) is not None:
-            raise CollectiveError(f"this process group has failed before; install again over a new one: {failure}")
         ranks = frozenset(dist.get_process_group_ranks(group))
         if len(ranks) > 1 and not any(ranks <= agreed for agreed in self._agreed_ranks):
             agree(self.statement(), group)
@@ -249,10 +248,8 @@ class Door:
         except BaseException as error:
             if isinstance(group, SimulatedGroup):
                 raise  # they share this process, and nobody waits
-            cause = str(error) if isinstance(error, CollectiveError) else f"{type(error).__name__}: {error}"
-            failure = f"{collective} at {site.name} failed on rank {dist.get_rank()}: {cause}"
-            self._agreed_groups.discard(group)
-            self._failed_groups[group] = failure
+            failure = f"{collective} at {site.name} failed on rank {dist.get_rank()}: {cause_of(error)}"
+            mark_failed(group, failure)
             if isinstance(error, Exception):
                 raise CollectiveError(failure) from error
             raise

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,24 @@ from megacomp.config import SECTION, Config, ConfigError, Weights, load, read
 from megacomp.door import Door, Observer
 from megacomp.gptq import QuantizedLinear, open_shards
 from megacomp.patches import FRAMEWORKS, Framework, ImportWatch, LayerPatch, Patch, quantized_layers
+from megacomp.policy import Site
 from megacomp.report import FrameworkReport, Report, SiteReport
 from megacomp.version import __version__
 
 __all__ = ["Installation", "ScriptInstallation", "init_inference", "install", "observe"]
 
 _log = logging.getLogger("megacomp")
+
+
+class _Found(NamedTuple):
+    """What an installation knows of models that have been built.
+
+    sites, not_covered: as `Door.attach` takes them. quantized: the order of each quantized layer, by name.
+    """
+
+    sites: dict[torch.nn.Module, Site]
+    not_covered: dict[str, str]
+    quantized: dict[str, str]
 
 
 class _Active:
@@ -81,26 +93,29 @@ class _Active:
         """Take over what puts original layers back, until `undo`."""
         self._weights.push(undo.pop_all())
 
-    def attach(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-        """Name the sites of models that have been built; ConfigError if rules match none of them."""
+    def find(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> _Found:
+        """What there is to `attach` of models that have been built; ConfigError if `Door.check` finds it unfit."""
         models = _models(model)
-        known = [framework for framework in FRAMEWORKS if framework.imported]
-        self.door.attach(
-            {layer: site for model in models for framework in known for layer, site in framework.sites(model).items()},
-            {
-                name: why
-                for model in models
-                for framework in known
-                for name, why in framework.not_covered(model).items()
-            },
-            {ranks[1] for model in models for framework in known if (ranks := framework.ranks(model)) is not None},
+        known = [(framework, model) for model in models for framework in FRAMEWORKS if framework.imported]
+        sites = {layer: site for framework, model in known for layer, site in framework.sites(model).items()}
+        self.door.check(
+            sites, {ranks[1] for framework, model in known if (ranks := framework.ranks(model)) is not None}
         )
-        self.quantized |= {
-            name: module.order
-            for model in models
-            for name, module in model.named_modules()
-            if isinstance(module, QuantizedLinear)
-        }
+        return _Found(
+            sites,
+            {name: why for framework, model in known for name, why in framework.not_covered(model).items()},
+            {
+                name: module.order
+                for model in models
+                for name, module in model.named_modules()
+                if isinstance(module, QuantizedLinear)
+            },
+        )
+
+    def attach(self, found: _Found) -> None:
+        """Name the sites of these models."""
+        self.door.attach(found.sites, found.not_covered)
+        self.quantized |= found.quantized
 
     def _patch(self, framework: Framework, undo: ExitStack) -> None:
         patches = framework.patches(self.door)
@@ -290,12 +305,13 @@ def _install(
     """`install` or `observe`; weights_follow: the model is not built yet, and what builds it will load the weights."""
     with _registry.lock, ExitStack() as undo:
         problem: Exception | None = None
+        found: _Found | None = None
         try:
             section = read_section()
             active = _registry.find(section, observer)
             if model is not None:
                 active.load_weights(model, undo)
-                active.attach(model)
+                found = active.find(model)
             elif section.weights.checkpoint is not None and not weights_follow:
                 why = "weights are loaded into a model: install(..., model=model), or megacomp.init_inference"
                 raise ConfigError([(f"{SECTION}.weights.checkpoint", why)])
@@ -307,6 +323,9 @@ def _install(
             active.door.trust(group)
         elif problem is not None:
             raise problem
+        # Only now: what is in place already is to know nothing of an installation that failed.
+        if found is not None:
+            active.attach(found)
         _registry.hold(active)
         active.keep(undo)
     return Installation(active)

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megacomp.collectives import Algorithm, Route, choose_algorithm, choose_chunks
-from megacomp.kernels.launch_config import cache_folder, slug
+from megacomp.kernels.launch_config import NO_CACHE, cache_folder, slug
 from megacomp.machine import cpu_name
 from megacomp.version import __version__
 
@@ -284,9 +284,13 @@ def _best(size: SizeTuning, route: Route, world_size: int, algorithm: bool, chun
 # Where they are kept
 
 
-def cache_file(key: Key) -> Path:
-    """Where a user's tuning is: ``$XDG_CACHE_HOME/megacomp/tuning/<hardware>-<backend>-<ranks>-ranks.json``."""
-    return cache_folder("tuning") / f"{_file_stem(key)}{key.world_size}-ranks.json"
+def cache_file(key: Key) -> Path | None:
+    """Where a user's tuning is: ``$XDG_CACHE_HOME/megacomp/tuning/<hardware>-<backend>-<ranks>-ranks.json``.
+
+    None where there is no cache.
+    """
+    folder = cache_folder("tuning")
+    return folder and folder / f"{_file_stem(key)}{key.world_size}-ranks.json"
 
 
 def _file_stem(key: Key) -> str:
@@ -348,9 +352,12 @@ class Tunings:
         return times
 
     def _absent(self, world_size: int | None) -> str:
+        place = self._source or cache_folder("tuning")
+        if place is None:
+            return NO_CACHE
         ranks = "these ranks" if world_size is None else f"{world_size} ranks"
         there = f"there is one for {', '.join(map(str, sorted(self._found)))}" if self._found else "there is none"
-        return f"no tuning of {ranks} in {self._source or cache_folder('tuning')} ({there})"
+        return f"no tuning of {ranks} in {place} ({there})"
 
     def _warn(self, what: str | None, why: str, world_size: int | None) -> None:
         """Say once that the defaults stand in for a tuning of `what`."""
@@ -367,7 +374,8 @@ class Tunings:
             except FileNotFoundError:
                 raise TuningError(f"there is no file {self._source}") from None
             return
-        for path in sorted(cache_folder("tuning").glob(f"{_file_stem(self._here)}*-ranks.json")):
+        folder = cache_folder("tuning")
+        for path in sorted(folder.glob(f"{_file_stem(self._here)}*-ranks.json")) if folder else ():
             try:
                 self._take(path, Tuning.read(path))
             except (TuningError, FileNotFoundError) as error:

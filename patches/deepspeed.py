@@ -193,7 +193,8 @@ def _init_inference(door: Door, framework: DeepSpeed, original: Callable[..., An
         engine = original(model, door.without_section(config), **kwargs)
         sites = framework.sites(engine.module)
         ranks = framework.ranks(engine.module)
-        door.attach(sites, framework.not_covered(engine.module), () if ranks is None else (ranks[1],))
+        door.check(sites, () if ranks is None else (ranks[1],))
+        door.attach(sites, framework.not_covered(engine.module))
         # In the order of the layers: every rank must come to the same groups in the same order.
         for group in dict.fromkeys(layer.mp_group for layer in sites):
             if group is not None:

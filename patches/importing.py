@@ -16,7 +16,7 @@ class ImportWatch(MetaPathFinder):
     """Calls `action` when the module `name` has been imported, before its importer goes on.
 
     Importing DeepSpeed takes seconds and touches devices, so a framework that nobody has imported is waited
-    for rather than imported. What `action` raises makes the import fail.
+    for rather than imported. What `action` raises makes the import fail, and so the next one, which is met again.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ class ImportWatch(MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Stop waiting; harmless if the import has happened."""
+        """Stop waiting; harmless if that is over."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
@@ -56,7 +56,7 @@ class ImportWatch(MetaPathFinder):
             del loader.exec_module
             execute(module)
             if self in sys.meta_path:
-                self.stop()
                 self._action()
+                self.stop()
 
         loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -23,6 +23,18 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder, as in a container that runs under a bare user id."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of development models and texts (MEGACOMP_DATA, or shared/data beside the repository).

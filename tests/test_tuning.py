@@ -232,6 +232,14 @@ def test_where_nothing_fits_the_log_and_the_report_say_why(caplog: pytest.LogCap
     assert tunings.describe()["2 ranks"].startswith("defaults: no tuning of 2 ranks in ")
 
 
+def test_without_a_home_there_is_no_cache(no_home: None, caplog: pytest.LogCaptureFixture) -> None:
+    assert cache_file(tuning(WAYS).key) is None
+    policy = Policy(load(section(min_bytes="tuned"))[0])
+    assert isinstance(policy.decide(SITE, "all_reduce", 4096, FEATURES, torch.bfloat16, 2), Route)
+    assert policy.tunings is not None and "no home folder" in policy.tunings.describe()["2 ranks"]
+    assert all("no home folder" in message for message in caplog.messages)
+
+
 def test_other_versions_count_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
     old = tuning(WAYS, torch_version="1.0", megacomp_version="0.0.1")
     path = write(old, cache_file(old.key))

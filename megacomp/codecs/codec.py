@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from megacomp.kernels import add_norm, sums_in_slices
+from megacomp.kernels.backend import check_backend
 from megacomp.kernels.dequant_gemm import dequant_gemm
 from megacomp.kernels.grouped_weight import GroupedWeight
 
@@ -68,6 +69,20 @@ class Codec(ABC):
     @abstractmethod
     def _decode_sum(self, wires: torch.Tensor, out: torch.Tensor) -> None:
         """``decode_sum`` of checked tensors."""
+
+    def check_message(self, features: int, wires: int, device: torch.device) -> None:
+        """Raises what would keep this codec from a message, for a collective to know before it sends any of it.
+
+        Args:
+            features: values per row.
+            wires: how many are decoded and summed together.
+            device: where the tensors live.
+
+        Raises:
+            RuntimeError: the one backend that was asked for cannot run on ``device``.
+            ValueError: the codec is not calibrated, or for other features or another number of wires.
+        """
+        check_backend(self.backend, device)
 
     def bits_per_value(self, features: int) -> float:
         """Bits on the wire per value, scales and padding included."""

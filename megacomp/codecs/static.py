@@ -107,6 +107,10 @@ class StaticCodec(Codec):
         if not self.format.row_scale and not outliers:
             raise ValueError(f"codec {self.name} keeps no outlier of {features} features: nothing could tell NaN")
 
+    def check_message(self, features: int, wires: int, device: torch.device) -> None:
+        super().check_message(features, wires, device)
+        self._tables(features, wires)
+
     def row_bytes(self, features: int) -> int:
         return self.format.row_bytes(features)
 
@@ -117,12 +121,10 @@ class StaticCodec(Codec):
         static_encode(self.format, tables.to(x.device), self.rank, x, wire, self.backend)
 
     def _decode_sum(self, wires: torch.Tensor, out: torch.Tensor) -> None:
-        tables = self._tables(out.shape[1])
-        if len(wires) != tables.ranks:
-            raise ValueError(f"codec {self.name} was calibrated for {tables.ranks} ranks, not {len(wires)}")
+        tables = self._tables(out.shape[1], len(wires))
         static_decode_sum(self.format, tables.to(out.device), wires, out, self.backend)
 
-    def _tables(self, features: int | None = None) -> StaticTables:
+    def _tables(self, features: int | None = None, ranks: int | None = None) -> StaticTables:
         if self.tables is None:
             raise ValueError(
                 f"codec {self.name} is not calibrated: it needs a calibration of the model "
@@ -130,6 +132,8 @@ class StaticCodec(Codec):
             )
         if features is not None and features != self.tables.features:
             raise ValueError(f"codec {self.name} was calibrated for {self.tables.features} features, not {features}")
+        if ranks is not None and ranks != self.tables.ranks:
+            raise ValueError(f"codec {self.name} was calibrated for {self.tables.ranks} ranks, not {ranks}")
         return self.tables
 
     def _check_tables(self, what: str, tables: StaticTables) -> None:

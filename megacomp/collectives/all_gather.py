@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import GatherHop, cut, into, out_of
+from megacomp.collectives.hops import GatherHop, cut, into, opened, out_of
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
@@ -18,13 +18,14 @@ def all_gather(
 
     x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank; any strides; not
         written to.
-    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+    group: any process group this rank is a member of, but no SimulatedGroup; None means the default group.
+    route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
 
     Returns a new tensor [rows * world, ..., features]; a rank's own part has gone through the codec as well.
     Alone in its group, a rank gets a copy of `x`.
 
-    Raises ValueError, before anything is sent, as all_reduce does, and for a tensor of fewer than two
-    dimensions.
+    Raises what all_reduce does, and ValueError, before anything is sent, for a tensor of fewer than two
+    dimensions and a SimulatedGroup.
     """
     check_tensor(x, leading_dimensions=1)
     if torch.compiler.is_compiling() and trace is None:
@@ -41,13 +42,14 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, 
     if x.numel() == 0:
         return result
     rows, out = as_matrix(x), as_matrix(result)
+    route.codec.check_message(rows.shape[1], 1, x.device)
     pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
     hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
     source = out_of(rows)
-    for chunk in range(len(pieces)):
-        hop.send(chunk, source)
-    for chunk, (piece, *_) in enumerate(pieces):
-        starts = range(piece.start, len(out), len(rows))
-        hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))
-    hop.close()
+    with opened(hop):
+        for chunk in range(len(pieces)):
+            hop.send(chunk, source)
+        for chunk, (piece, *_) in enumerate(pieces):
+            starts = range(piece.start, len(out), len(rows))
+            hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))
     return result

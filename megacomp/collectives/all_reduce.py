@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megacomp.collectives.deferred import materialized
-from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into, out_of
+from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into, opened, out_of
 from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import deal
 from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
@@ -36,8 +36,14 @@ def all_reduce(
     codec like any other, and sums run in rank order in fp32. Alone in its group, a rank gets a copy of `x`:
     nothing would be sent, so nothing is encoded.
 
-    Raises ValueError, before anything is sent, for another dtype, a tensor without dimensions, one that needs
-    a gradient, an unfit `out`, and a rank outside the group.
+    Raises, before anything is sent:
+        ValueError: another dtype, a tensor without dimensions, one that needs a gradient, an unfit `out`, a rank
+            outside the group, and a static codec that is not calibrated for such a message.
+        RuntimeError: the one backend that a codec asks for cannot run on x's device.
+        CollectiveError: a message of this group has failed before.
+
+    What is raised later (CollectiveError where a peer is gone or silent, or whatever went wrong here) leaves
+    messages under way: from then on this rank refuses every message of the group.
     """
     check_tensor(x)
     if out is not None:
@@ -81,14 +87,15 @@ def one_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
     2. As the chunks of all peers arrive, decode and sum them in rank order: one rounding by the codec.
     """
     rows, features = matrix_shape(x)
+    route.codec.check_message(features, peers.world_size, x.device)
     source = out_of(x)
     pieces = cut([range(rows)] * peers.world_size, choose_chunks(route, rows, features, x.device))
     hop = GatherHop(route.codec, peers, pieces, features, x.device, trace)
-    for chunk in range(len(pieces)):
-        hop.send(chunk, source)
-    for chunk, (piece, *_) in enumerate(pieces):
-        hop.finish_sum(chunk, piece, finish)
-    hop.close()
+    with opened(hop):
+        for chunk in range(len(pieces)):
+            hop.send(chunk, source)
+        for chunk, (piece, *_) in enumerate(pieces):
+            hop.finish_sum(chunk, piece, finish)
 
 
 def two_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
@@ -101,15 +108,16 @@ def two_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
     3. As the sums arrive, decode them; a rank's own sum too, so that all ranks hold the same bits.
     """
     rows, features = matrix_shape(x)
+    route.codec.check_message(features, peers.world_size, x.device)
+    route.second_codec.check_message(features, 1, x.device)
     source = out_of(x)
     pieces = deal(rows, peers.world_size, choose_chunks(route, rows, features, x.device))
     gather = GatherHop(route.second_codec, peers, pieces, features, x.device, trace)
     scatter = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
-    for chunk in range(len(pieces)):
-        scatter.send(chunk, source)
-    for chunk in range(len(pieces)):
-        gather.send_sum(chunk, scatter)
-    for chunk, owned in enumerate(pieces):
-        gather.finish_each(chunk, owned, finish)
-    scatter.close()
-    gather.close()
+    with opened(gather, scatter):
+        for chunk in range(len(pieces)):
+            scatter.send(chunk, source)
+        for chunk in range(len(pieces)):
+            gather.send_sum(chunk, scatter)
+        for chunk, owned in enumerate(pieces):
+            gather.finish_each(chunk, owned, finish)

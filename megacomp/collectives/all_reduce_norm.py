@@ -30,15 +30,16 @@ def all_reduce_norm(
     residual: of x's shape, the same values on every rank, in one of these dtypes; not written to.
     weight, eps: of the norm; `weight` [features].
     bias: [features], added once; None for none.
-    group, route: as for all_reduce.
+    group: any process group this rank is a member of, but no SimulatedGroup; None means the default group.
+    route: as for all_reduce.
 
     Returns new contiguous tensors: the new residual in the residual's dtype, the normalized one in x's. The sum
     is that of all_reduce, taken on in float32: one rounding to the new residual, where all_reduce, bias and
     residual added one after the other round three times. The norm is that of the rounded residual, rounded once
     (numerics: megacomp.kernels.reduce_norm). Alone in its group, a rank encodes nothing.
 
-    Raises ValueError, before anything is sent, as all_reduce does, and for a residual, weight or bias of another
-    shape, device or kind of dtype, or one that needs a gradient.
+    Raises what all_reduce does, and ValueError, before anything is sent, for a residual, weight or bias of another
+    shape, device or kind of dtype, or one that needs a gradient, and for a SimulatedGroup.
     """
     check_tensor(x)
     _check(residual, "residual", x, x.shape)

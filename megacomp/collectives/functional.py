@@ -34,7 +34,8 @@ def all_reduce(
     algorithm, pipeline_chunks: see `Route`.
 
     Returns a new tensor of x's shape and dtype; `x` is not written to. Every rank must pass the same
-    arguments. Raises ValueError for bad ones, before anything is sent; see `megacomp.collectives.all_reduce`.
+    arguments. Raises ValueError for bad ones, and RuntimeError for a backend that cannot run here, before anything
+    is sent; see `megacomp.collectives.all_reduce`.
     """
     return _all_reduce(x, group, _route(codec, algorithm, gather_codec, pipeline_chunks, backend))
 

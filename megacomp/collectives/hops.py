@@ -21,7 +21,7 @@ import torch
 from megacomp.collectives import workspace
 from megacomp.collectives.deferred import DeferredPartial
 from megacomp.collectives.links import CHANNELS, link_for
-from megacomp.collectives.message import Peers, as_matrix
+from megacomp.collectives.message import Peers, as_matrix, cause_of, mark_failed
 from megacomp.collectives.partition import consecutive, runs, split
 from megacomp.collectives.trace import Trace, measured
 from megacomp.kernels import sums_rows
@@ -100,6 +100,7 @@ class _Hop(ABC):
         trace: Trace | None,
     ) -> None:
         """pieces: for each chunk, one range of rows per rank (`cut`)."""
+        self.peers = peers
         self._codec = codec.sender(peers.rank)
         self._rank = peers.rank
         self._pieces = pieces
@@ -109,6 +110,10 @@ class _Hop(ABC):
         self._device = device
         self._trace = trace
         self._link = link_for(peers, device, _channel(pieces[-1][-1].stop, features, self.lane))
+        self._wires: list[torch.Tensor] = []
+
+    def open(self) -> None:
+        """Be ready for the wires of all peers."""
         self._wires = self._expect()
 
     @abstractmethod
@@ -136,6 +141,24 @@ class _Hop(ABC):
         """Wait until this rank's own messages have left its buffers."""
         with measured(self._trace, "wire"):
             self._link.close()
+
+
+@contextmanager
+def opened(*hops: _Hop) -> Iterator[None]:
+    """Have `hops`, of one call, be ready for all wires first, and in the end wait until this rank's own have left.
+
+    What fails in between leaves receives posted and peers waiting, and the next message of the same shape would be
+    taken for this one: no message of the group is of use any more.
+    """
+    try:
+        for hop in hops:
+            hop.open()
+        yield
+        for hop in hops:
+            hop.close()
+    except BaseException as error:
+        mark_failed(hops[0].peers.group, cause_of(error))
+        raise
 
 
 class GatherHop(_Hop):

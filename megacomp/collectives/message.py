@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,10 +19,30 @@ class CollectiveError(RuntimeError):
     """
 
 
+# Of the process, as groups are: one that has failed has failed for every door and every caller.
+_failures: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
+
+
+def mark_failed(group: dist.ProcessGroup, why: str) -> None:
+    """Have every further message of `group` refused: it might be taken for what is still under way, or take it."""
+    _failures[group] = why
+
+
+def refuse_failed(group: dist.ProcessGroup) -> None:
+    """Raise CollectiveError if a message of `group` has failed on this rank."""
+    if (why := _failures.get(group)) is not None:
+        raise CollectiveError(f"this process group has failed before; start over with a new one: {why}")
+
+
+def cause_of(error: BaseException) -> str:
+    """What to say of `error`: with its type, unless it is ours and says enough."""
+    return str(error) if isinstance(error, CollectiveError) else f"{type(error).__name__}: {error}"
+
+
 class Peers(NamedTuple):
     """A process group as this rank sees it; `rank` counts within the group."""
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     rank: int
     world_size: int
 
@@ -29,12 +50,16 @@ class Peers(NamedTuple):
 def peers_of(group: dist.ProcessGroup | None) -> Peers:
     """The peers of `group`, None meaning the default group.
 
-    Raises ValueError if this rank is not one of them, or no process group was initialised.
+    Raises ValueError if this rank is not one of them, or no process group was initialised; CollectiveError if a
+    message of the group has failed.
     """
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"rank {dist.get_rank()} is not a member of the process group it was asked to use")
-    return Peers(dist.group.WORLD if group is None else group, rank, dist.get_world_size(group))
+    group = dist.group.WORLD if group is None else group
+    assert group is not None  # there is one: this rank is in it
+    refuse_failed(group)
+    return Peers(group, rank, dist.get_world_size(group))
 
 
 def check_tensor(x: torch.Tensor, *, leading_dimensions: int = 0) -> None:

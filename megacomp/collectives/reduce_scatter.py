@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megacomp.collectives.deferred import materialized
-from megacomp.collectives.hops import ScatterHop, cut, into, out_of
+from megacomp.collectives.hops import ScatterHop, cut, into, opened, out_of
 from megacomp.collectives.message import as_matrix, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import split
 from megacomp.collectives.route import Route, choose_chunks
@@ -20,14 +20,15 @@ def reduce_scatter(
 
     x: [rows, ..., features], bf16, fp16 or fp32, the same shape and dtype on every rank, `rows` divisible by
         the world size; any strides; not written to.
-    group, route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
+    group: any process group this rank is a member of, but no SimulatedGroup; None means the default group.
+    route, trace: as for all_reduce; the route's algorithm and gather_codec play no part.
 
     Returns a new tensor [rows / world, ..., features]. One hop and one rounding by the codec, whatever the
     world size: each owner receives its rows from every rank and sums them in rank order in fp32. Alone in its
     group, a rank gets a copy of `x`.
 
-    Raises ValueError, before anything is sent, as all_reduce does, for a tensor of fewer than two dimensions,
-    and for rows that do not divide.
+    Raises what all_reduce does, and ValueError, before anything is sent, for a tensor of fewer than two
+    dimensions, rows that do not divide, and a SimulatedGroup.
     """
     check_tensor(x, leading_dimensions=1)
     if torch.compiler.is_compiling() and trace is None:
@@ -51,13 +52,14 @@ def _reduce_scatter(
     if x.numel() == 0:
         return result
     rows, features = matrix_shape(x)
+    route.codec.check_message(features, peers.world_size, x.device)
     source, out = out_of(x), as_matrix(result)
     shares = split(range(rows), peers.world_size)
     pieces = cut(shares, choose_chunks(route, rows, features, x.device))
     hop = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
-    for chunk in range(len(pieces)):
-        hop.send(chunk, source)
-    for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
-        hop.finish_sum(chunk, owned[0], into(out))
-    hop.close()
+    with opened(hop):
+        for chunk in range(len(pieces)):
+            hop.send(chunk, source)
+        for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
+            hop.finish_sum(chunk, owned[0], into(out))
     return result

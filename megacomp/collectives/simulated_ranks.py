@@ -51,12 +51,18 @@ class SimulatedRanks:
     def run(self, function: Callable[[int], T]) -> list[T]:
         """`function(rank)` of every rank; their results in rank order.
 
-        Rank 0 runs in the calling thread, the others under its context variables, grad mode, CUDA stream and number of
-        intra-op threads. Raises what the first rank to fail raised, after ending the others at the collectives they
-        wait in; RuntimeError if the ranks do not enter the same number of collectives.
+        Rank 0 runs in the calling thread, the others under its context variables, grad mode, autocast (for the CPU and
+        for the ranks' device), CUDA stream and number of intra-op threads. Raises what the first rank to fail raised,
+        after ending the others at the collectives they wait in; RuntimeError if the ranks do not enter the same number
+        of collectives.
         """
         threads, grad, inference = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        cache = torch.is_autocast_cache_enabled()
+        autocasts = {
+            kind: (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in {"cpu", self._device.type}
+        }
 
         def in_thread(rank: int) -> T:
             torch.set_num_threads(threads)
@@ -65,6 +71,8 @@ class SimulatedRanks:
                     modes.enter_context(torch.cuda.stream(stream))
                 modes.enter_context(torch.inference_mode(inference))
                 modes.enter_context(torch.set_grad_enabled(grad))
+                for kind, (dtype, enabled) in autocasts.items():
+                    modes.enter_context(torch.autocast(kind, dtype, enabled, cache))
                 return function(rank)
 
         self._run = run = _Run(self.size)

@@ -12,8 +12,18 @@ import torch.distributed as dist
 from collective_cases import Case, run_cases, same_bits
 from rank_pool import RankPool
 
-from megacomp.collectives import SimulatedRanks, all_reduce, simulated_all_reduce
+from megacomp.collectives import (
+    SimulatedRanks,
+    all_gather,
+    all_reduce,
+    all_reduce_norm,
+    reduce_scatter,
+    simulated_all_reduce,
+)
 from megacomp.collectives.simulated import ring_sum
+from megacomp.config import Config
+from megacomp.door import Door
+from megacomp.policy import Site
 
 CODECS = ("mxfp4", "int8", {"preset": "int4", "rotation": 32, "scale_search": True})
 CASES = [
@@ -133,6 +143,9 @@ def test_ranks_run_as_their_caller_does(three: SimulatedRanks) -> None:
     finally:
         torch.set_num_threads(threads)
         _STATE.reset(token)
+    with torch.autocast("cpu", torch.float16):
+        assert three.run(lambda rank: (torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == [torch.float16] * 3
+    assert three.run(lambda rank: torch.is_autocast_enabled("cpu")) == [False] * 3
     with torch.inference_mode():
         assert three.run(state) == [("default", False, True, threads)] * 3
     assert three.run(state) == [("default", True, False, threads)] * 3
@@ -165,5 +178,16 @@ def test_ranks_out_of_step_are_an_error(three: SimulatedRanks, absent: int) -> N
 def test_what_simulated_ranks_cannot_do_is_an_error(three: SimulatedRanks) -> None:
     with pytest.raises(NotImplementedError, match="sums only"):
         three.run(lambda rank: dist.all_reduce(torch.ones(2), dist.ReduceOp.MAX, group=three.groups[rank]))
+    x, route, layer = torch.ones(6, 32), Case().route(), torch.nn.Identity()
+    door = Door(Config.model_validate({"communication": {"min_bytes": 0}, "backend": "reference"}))
+    door.learn({layer: Site("here")})
+    for call in (
+        lambda group: reduce_scatter(x, group, route),
+        lambda group: all_gather(x, group, route),
+        lambda group: all_reduce_norm(x, x, torch.ones(32), 1e-6, group, route),
+        lambda group: door.inside(layer, lambda _: door("reduce_scatter", x, group)),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match="simulated ranks have all_reduce only"):
+            three.run(lambda rank, call=call: call(three.groups[rank]))
     with pytest.raises(RuntimeError, match="only while all of them run"):
         dist.all_reduce(torch.ones(2), group=three.groups[0])

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import megacomp
 from megacomp.config import load
@@ -214,6 +215,31 @@ def test_rules_that_match_nothing_in_the_model_change_nothing(toy: ModuleType) -
         assert patched(toy)
 
 
+def test_an_installation_that_other_ranks_refuse_leaves_the_one_in_place_as_it_is(
+    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disagree(*_: Any) -> None:
+        raise megacomp.AgreementError("rank 1 differs")
+
+    models = [torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Bilinear(2, 2, 2)]
+    quantized = QuantizedLinear.__new__(QuantizedLinear)
+    torch.nn.Module.__init__(quantized)
+    quantized.order = "tp_aware"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with megacomp.install(MXFP4) as installation:
+            before = installation.report()
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr("megacomp.installation.agree", disagree)
+                with pytest.raises(megacomp.AgreementError):
+                    megacomp.install(MXFP4, model=[*models, torch.nn.Sequential(quantized)])
+            assert installation.report() == before
+            megacomp.install(MXFP4, model=models).uninstall()
+            assert installation.report().not_covered == {"": "a bypass"}
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_framework_not_imported_yet_is_patched_when_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy_framework.py").write_text(
         "__version__ = '1.0'\ndef reduce(x): return x\ndef scatter(x): return x\n"
@@ -243,9 +269,13 @@ def test_an_unsupported_version_imported_later_fails_that_import(
     (tmp_path / "toy_framework.py").write_text("__version__ = '3.0'\ndef reduce(x): return x\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("megacomp.installation.FRAMEWORKS", (Toy(),))
-    with megacomp.install(MXFP4), pytest.raises(UnsupportedVersionError, match=r"toy 3\.0"):
-        import toy_framework  # noqa: F401
-    assert "toy_framework" not in sys.modules
+    with megacomp.install(MXFP4) as installation:
+        for _ in range(2):
+            with pytest.raises(UnsupportedVersionError, match=r"toy 3\.0"):
+                import toy_framework  # noqa: F401
+            assert "toy_framework" not in sys.modules
+        (framework,) = installation.report().frameworks
+        assert (framework.version, framework.patches) == (None, ())
 
 
 SCRIPT = """

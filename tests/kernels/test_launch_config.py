@@ -313,6 +313,22 @@ def test_the_cache_lies_where_xdg_says(monkeypatch, tmp_path):
     assert launching.cache_file("NVIDIA H200") == Path("/var/c/megacomp/kernels/nvidia-h200.json")
 
 
+def test_without_a_home_there_is_no_cache(gpu, no_home):
+    assert launching.cache_file(GPU) is None
+    assert launch(8192) == guessed(8192)
+    with pytest.raises(FileNotFoundError, match="no home folder"):
+        record(8192)
+
+
+def test_without_a_home_what_is_shipped_counts(gpu, no_home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gpu.parents[2]))
+    record(8192)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    gpu.parent.rename(launching.SHIPPED)
+    launching.forget()
+    assert launch(8192) == CONFIG
+
+
 @given(st.text())
 def test_slugs_are_names_of_files(name):
     slug = launching.slug(name)

@@ -162,8 +162,11 @@ def test_verification_over_real_ranks(ranks: RankPool) -> None:
 
 
 def _command(arguments: list[str], cache: str | None) -> tuple[int, str]:
+    """cache: where it lies; None for a user without one."""
     with pytest.MonkeyPatch.context() as patch:
-        if cache is not None:
+        if cache is None:
+            patch.setattr("megacomp.tuning.cache_folder", lambda name: None)
+        else:
             patch.setenv("XDG_CACHE_HOME", cache)
         result = CliRunner().invoke(cli.app, ["tune", *arguments])
     return result.exit_code, result.output
@@ -194,6 +197,9 @@ def test_the_command_writes_what_a_policy_reads(ranks: RankPool, tmp_path: Path)
     assert [code for code, _ in again] == [0, 0], again
     (kept,) = (tmp_path / "cache" / "megacomp" / "tuning").iterdir()
     assert kept.name.endswith("-gloo-2-ranks.json") and Tuning.read(kept).codecs[0].codec == "int8"
+
+    for code, output in ranks.run(_command, arguments, None):
+        assert code == 2 and "no home folder" in " ".join(output.split()) and "--out" in output
 
 
 def test_static_codecs_are_tuned_without_reading_a_calibration(ranks: RankPool, tmp_path: Path) -> None:

@@ -62,14 +62,30 @@ def test_after_stop_nothing_happens(package: str) -> None:
     assert seen == []
 
 
-def test_an_error_of_the_action_fails_the_import(package: str) -> None:
+def test_an_error_of_the_action_fails_the_import_until_it_succeeds(package: str) -> None:
+    problems = ["unsupported version", "missing symbol"]
+
+    def refuse() -> None:
+        if problems:
+            raise RuntimeError(problems.pop(0))
+
+    ImportWatch(package, refuse).start()
+    for problem in list(problems):
+        with pytest.raises(RuntimeError, match=problem):
+            importlib.import_module(package)
+        assert package not in sys.modules
+    assert importlib.import_module(package).ready
+
+
+def test_after_an_error_of_the_action_it_can_be_stopped(package: str) -> None:
     def refuse() -> None:
         raise RuntimeError("unsupported version")
 
-    ImportWatch(package, refuse).start()
+    watch = ImportWatch(package, refuse)
+    watch.start()
     with pytest.raises(RuntimeError, match="unsupported version"):
         importlib.import_module(package)
-    assert package not in sys.modules
+    watch.stop()
     assert importlib.import_module(package).ready
 
 
