@@ -20,7 +20,7 @@ from megacomp import codecs
 from megacomp.collectives import Route
 from megacomp.collectives.all_reduce import one_shot, two_shot
 from megacomp.collectives.hops import into
-from megacomp.collectives.message import Peers
+from megacomp.collectives.message import peers_of
 
 CODECS: tuple[str | dict[str, Any], ...] = ("mxfp4", "nvfp4", {"preset": "int4", "rotation": 128}, "int8")
 ALGORITHMS = {"one_shot": one_shot, "two_shot": two_shot}
@@ -38,7 +38,7 @@ class Call:
         self.route = route
         self.x = torch.empty(rows, features, dtype=torch.bfloat16, device=device)
         self.result = torch.empty_like(self.x)
-        self._peers = Peers(dist.group.WORLD, 0, 1)
+        self._peers = peers_of(None)
         self.renew(0)
 
     def renew(self, seed: int) -> None:
