@@ -146,8 +146,7 @@ class Door:
         """
         if sites:
             self.policy.check_rules(sites.values())
-            weights = (getattr(layer, "weight", None) for layer in sites)
-            features = {weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)}
+            features = {features for layer in sites if (features := _out_features(layer)) is not None}
             self.policy.check_calibration(list(sites.values()), features, ranks)
         else:
             _log.warning("the model has no row-parallel layer that megacomp covers: nothing will be compressed")
@@ -355,6 +354,15 @@ class Door:
     def _decline(self, site: Site | None, reason: Decline, group: dist.ProcessGroup) -> None:
         if _is_counted(group):
             self.telemetry.decline(site, reason)
+
+
+def _out_features(layer: torch.nn.Module) -> int | None:
+    """How many features a linear layer gives out on this rank; None if that cannot be told."""
+    # A quantized layer's weight is packed, in another layout.
+    if isinstance(features := getattr(layer, "out_features", None), int):
+        return features
+    weight = getattr(layer, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
 
 
 def _due(every: int, stream: _Stream) -> bool:

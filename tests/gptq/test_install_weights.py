@@ -16,10 +16,15 @@ import transformers
 from models import deepspeed_on_cpu, megatron_gpt, megatron_logits, tokens
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from static_cases import tables
 
 import megacomp
+from megacomp import codecs
+from megacomp.calibration import Calibration, SiteTables
+from megacomp.codecs import StaticCodec
 from megacomp.gptq import CheckpointError, QuantizedLinear
 from megacomp.launch import engines
+from megacomp.launch.calibration import write
 from megacomp.launch.errors import LaunchError
 from megacomp.report import Report
 
@@ -117,6 +122,33 @@ def test_quantized_layers_reduce_at_the_same_sites_compressed(ranks: RankPool, f
         f"layers.{layer}.{module}": 1 for layer in range(LAYERS) for module in ("attention", "mlp")
     }
     assert set(first["report"].quantized.values()) == {"local"}
+
+
+def _calibration(features: int, file: Path) -> dict[str, Any]:
+    """The communication of a section with a made-up calibration for two ranks, written to `file`."""
+    codec = codecs.get("static4")
+    assert isinstance(codec, StaticCodec)
+    sites = {
+        f"layers.{layer}.{module}": SiteTables(tables(codec.format, features, 2), tables(codec.format, features))
+        for layer in range(LAYERS)
+        for module in ("attention", "mlp")
+    }
+    write(Calibration(2, features, "", {codec.name: dict(codec.spec)}, {codec.name: sites}), file)
+    return {"codec": "static4", "calibration": str(file), "min_bytes": 0}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_calibration_is_held_against_what_quantized_layers_give_out(
+    ranks: RankPool, folders: Path, tmp_path: Path, engine: str
+) -> None:
+    config = _section(folders / "quantized")
+    config["megacomp"]["communication"] = _calibration(64, tmp_path / "calibration.safetensors")
+    for got in ranks.run(_installed, folders, engine, config):
+        assert {site.calls for site in got["report"].sites.values()} == {1}
+    config["megacomp"]["communication"] = _calibration(1024, tmp_path / "other.safetensors")
+    for got in ranks.run(_refused, folders, engine, config):
+        assert got["said"].startswith("ConfigError: ") and "made for hidden size 1024, not 64" in got["said"]
+        assert got["identical"] and got["same"] and not got["quantized"]
 
 
 def _refused(folders: Path, engine: str, config: dict[str, Any]) -> dict[str, Any]:
