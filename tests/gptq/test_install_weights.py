@@ -310,6 +310,43 @@ def test_sequence_parallelism(ranks: RankPool, tmp_path: Path) -> None:
         assert set(got["calls"][True].values()) == set(got["calls"][False].values()) == {1}
 
 
+def _stages(folder: Path, strays: dict[str, Path]) -> dict[str, Any]:
+    """The whole model, the same in two parts, its last two layers alone; and what is said of those with `strays`."""
+    with torch.no_grad(), megatron_gpt() as model:
+        layers = list(model.decoder.layers)
+        parts = {"whole": [model], "chunks": [layers[0], torch.nn.Sequential(*layers[1:])], "stage": layers[1:]}
+        parts["stage"].append(model.embedding)  # has no layer
+        logits, held = {}, {}
+        for name, given in parts.items():
+            with megacomp.install(_section(folder), model=given):
+                logits[name] = megatron_logits(model, tokens())
+                held[name] = [sum(isinstance(m, QuantizedLinear) for m in layer.modules()) for layer in layers]
+        said = {}
+        for name, other in strays.items():
+            with pytest.raises(CheckpointError) as error:
+                megacomp.install(_section(other), model=parts["stage"])
+            said[name] = str(error.value)
+        return {"logits": logits, "held": held, "said": said}
+
+
+def test_parts_of_a_model_take_their_layers_and_no_less(ranks: RankPool, tmp_path: Path) -> None:
+    folder, strays = models.save_for_megatron(tmp_path), {}
+    # In a layer that is here, and in one that is nowhere; a missing one is missed where it belongs.
+    for name in ("layers.1.mlp.more.up_proj", "layers.3.mlp.up_proj"):
+        strays[name] = tmp_path / name
+        shutil.copytree(folder, strays[name])
+        tensors = load_file(folder / "model.safetensors")
+        found = {key: tensor for key, tensor in tensors.items() if ".layers.1.mlp.up_proj." in key}
+        tensors |= {key.replace("layers.1.mlp.up_proj", name): tensor.clone() for key, tensor in found.items()}
+        save_file(tensors, strays[name] / "model.safetensors")
+    (got,) = ranks.run(_stages, folder, strays, world_size=1)
+    assert torch.equal(got["logits"]["chunks"], got["logits"]["whole"])
+    assert not torch.equal(got["logits"]["stage"], got["logits"]["whole"])
+    assert got["held"] == {"whole": [4, 4, 4], "chunks": [4, 4, 4], "stage": [0, 4, 4]}
+    for name, said in got["said"].items():
+        assert said.endswith(f"model.{name} is quantized, but the model has no such layer")
+
+
 def test_linears_that_megatron_cannot_fuse(folders: Path, tmp_path: Path) -> None:
     # GPTQ gives q, k and v one order, for they read the same input; a checkpoint may say otherwise.
     shutil.copytree(folders / "quantized", tmp_path / "m")
