@@ -116,5 +116,8 @@ def _quantized(framework: Framework, at: ParallelLinear, shards: Shards) -> torc
 
 def _joined_bias(parts: Sequence[LinearShard], blocks: int, dtype: torch.dtype) -> torch.Tensor:
     """The bias of the outputs in the order of `concatenate_outputs`; zero where a linear has none."""
-    biases = [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
+    biases = [
+        part.weight.scales.new_zeros(part.out_features, dtype=torch.float32) if part.bias is None else part.bias.float()
+        for part in parts
+    ]
     return torch.cat([bias.unflatten(0, (blocks, -1)) for bias in biases], dim=1).flatten().to(dtype)

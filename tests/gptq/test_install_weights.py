@@ -23,9 +23,12 @@ from megacomp import codecs
 from megacomp.calibration import Calibration, SiteTables
 from megacomp.codecs import StaticCodec
 from megacomp.gptq import CheckpointError, QuantizedLinear
+from megacomp.gptq.shards import LinearShard
+from megacomp.kernels.grouped_weight import GroupedWeight
 from megacomp.launch import engines
 from megacomp.launch.calibration import write
 from megacomp.launch.errors import LaunchError
+from megacomp.patches.quantization import _joined_bias
 from megacomp.report import Report
 
 ENGINES = ("deepspeed", "megatron")
@@ -359,6 +362,28 @@ def test_linears_that_megatron_cannot_fuse(folders: Path, tmp_path: Path) -> Non
         engines.build(tmp_path / "m", "megatron", tp=1, dtype=torch.float32)
     with engines.build(tmp_path / "m", "deepspeed", tp=1, dtype=torch.float32) as built:
         assert built.logits(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_default_device_of_torch_plays_no_part(folders: Path, engine: str) -> None:
+    with engines.build(folders / "own", engine, tp=1, dtype=torch.float32) as built:
+        with torch.device("meta"):
+            installation = megacomp.install(_section(folders / "quantized"), model=built.module)
+        with installation:
+            assert {buffer.device.type for buffer in built.module.buffers()} == {"cpu"}
+            found = built.logits(TOKENS)
+    with engines.build(folders / "quantized", engine, tp=1, dtype=torch.float32) as built:
+        assert torch.equal(found, built.logits(TOKENS))
+
+
+def test_a_bias_of_linears_that_have_none_in_part() -> None:
+    none, some = (
+        LinearShard(GroupedWeight(torch.zeros(2, 4), torch.zeros(1, 4), None, 4), bias, 16, 4, "local")
+        for bias in (None, torch.arange(4).half())
+    )
+    with torch.device("meta"):
+        joined = _joined_bias([none, some], 2, torch.bfloat16)
+    assert joined.dtype == torch.bfloat16 and joined.tolist() == [0, 0, 0, 1, 0, 0, 2, 3]
 
 
 def test_a_bias_the_model_has_no_place_for(folders: Path, tmp_path: Path) -> None:
