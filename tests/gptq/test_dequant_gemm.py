@@ -179,7 +179,9 @@ def test_the_module_takes_any_leading_dimensions() -> None:
 def test_what_the_module_gives_has_the_dtype_of_its_input_whatever_that_of_its_bias(dtype: torch.dtype) -> None:
     weight, _ = _weight()
     bias = torch.arange(OUT, dtype=torch.float32)
-    linear = QuantizedLinear(LinearShard(weight, bias, IN, OUT, "local"), Path("somewhere"))
+    plain, biased = (
+        QuantizedLinear(LinearShard(weight, own, IN, OUT, "local"), Path("somewhere")) for own in (None, bias)
+    )
     x = _x(6, IN, dtype)
-    y = linear(x)
-    assert y.dtype == dtype and torch.equal(y, dequant_gemm(x, weight) + bias.to(dtype))
+    y = biased(x)
+    assert y.dtype == dtype and torch.equal(y, plain(x) + bias.to(dtype))
