@@ -288,9 +288,10 @@ class Door:
             self._decline(site, Decline.GUARD, group)
             return None
         stream.compressed += 1
-        sampled = _due(self._sqnr_every, stream)
-        # The host cannot wait for what is being captured in a CUDA graph.
-        guarded = _due(self._guard.every, stream) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        # Nothing that a CUDA graph captures is sampled: the host cannot wait for it, and every replay would repeat it.
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        sampled = not capturing and _due(self._sqnr_every, stream)
+        guarded = not capturing and _due(self._guard.every, stream)
         if sampled or guarded:
             # Needed as it is besides: what is encoded is that.
             tensor = materialized(tensor)
