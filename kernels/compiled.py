@@ -40,7 +40,7 @@ def compiler_problem() -> str | None:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         get_cpp_compiler()
-        torch.compile(_probe, fullgraph=True)(torch.zeros(8))
+        torch.compile(_probe, fullgraph=True)(torch.zeros(8, device="cpu"))
     except Exception as error:  # whatever the compiler search or the build raises is the reason
         reason = f"no working C++ compiler for torch.compile ({type(error).__name__}: {str(error).strip()[:200]})"
         logger.warning("%s: codecs run uncompiled on the CPU, about 20 times slower", reason)

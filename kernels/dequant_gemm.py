@@ -180,7 +180,7 @@ def _compiled_gemm(x: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
         inputs = inputs.to(dtype)
         y = x.new_empty(len(x), weight.out_features)
         outputs = min(weight.out_features, max(64, VALUES_PER_SLICE // weight.rows // 64 * 64))
-        buffer = torch.empty(weight.rows * outputs, dtype=dtype)
+        buffer = torch.empty(weight.rows * outputs, dtype=dtype, device=x.device)
         for start in range(0, weight.out_features, outputs):
             part = slice(start, min(start + outputs, weight.out_features))
             dense = buffer[: weight.rows * (part.stop - start)].view(weight.rows, -1)

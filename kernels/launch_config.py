@@ -195,6 +195,8 @@ def device_problem(device: torch.device) -> str | None:
 @functools.lru_cache(maxsize=1024)
 def _row_problem(operation: str, format: BlockFormat | StaticFormat, features: int) -> str | None:
     if isinstance(format, StaticFormat):
+        if operation != "encode":
+            return None
         values, what = triton.next_power_of_2(format.layout(features).piece) * format.pieces, "tables"
     elif not _holds_rows(operation, format):
         return None

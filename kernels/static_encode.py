@@ -68,7 +68,7 @@ def static_encode(
     weight = [] if tables.weight is None else [own(tables.weight, 0.0)]
     padded = pad_features(x.contiguous(), format, layout, 0.0)
     row_scales = [] if fields.row_scales is None else [fields.row_scales]
-    reciprocals = [torch.empty(rows, 1, device=x.device) for _ in row_scales]
+    reciprocals = [torch.empty(rows, 1, dtype=torch.float32, device=x.device) for _ in row_scales]
     measuring = padded, finite, weight, row_scales, reciprocals
     quantizing = padded, finite, reciprocals, own(tables.scale, 1.0), offset, fields.planes
     if resolved == "compiled":

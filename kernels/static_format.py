@@ -236,10 +236,12 @@ class StaticTables:
             return self
         if device not in self._copies:
             # Not made anew, which would wait for the device.
-            self._copies[device] = copied = copy.copy(self)
+            copied = copy.copy(self)
             for name, value in vars(self).items():
                 if isinstance(value, torch.Tensor):
                     object.__setattr__(copied, name, value.to(device))
+            # Only now: no room on the device, or another thread, must not leave half a copy to be found.
+            self._copies[device] = copied
         return self._copies[device]
 
     @functools.cached_property

@@ -373,7 +373,8 @@ class Config(_Section):
     def canonical(self) -> dict[str, Any]:
         """The section as JSON-able data, equal for sections that mean the same.
 
-        Every field is explicit, and a codec goes by the name of a preset wherever one is equal to it.
+        Every field is explicit, but for a gather_codec that is the codec or without effect: null. A codec goes by the
+        name of a preset wherever one is equal to it.
         """
         document = self.model_dump(mode="json")
         communication = document["communication"]
@@ -385,6 +386,8 @@ class Config(_Section):
                 holder["gather_codec"] = None  # inherited, perhaps, and without effect
             for key in ("codec", "gather_codec"):
                 holder[key] = _canonical_codec(holder[key])
+            if holder["gather_codec"] == holder["codec"]:
+                holder["gather_codec"] = None
         return document
 
     def digest(self) -> str:

@@ -140,8 +140,7 @@ class Door:
         """
         if sites:
             self.policy.check_rules(sites.values())
-            weights = (getattr(layer, "weight", None) for layer in sites)
-            features = {weight.shape[0] for weight in weights if isinstance(weight, torch.Tensor)}
+            features = {features for layer in sites if (features := _out_features(layer)) is not None}
             self.policy.check_calibration(list(sites.values()), features, ranks)
 
     def attach(self, sites: Mapping[torch.nn.Module, Site], not_covered: Mapping[str, str]) -> None:
@@ -286,9 +285,10 @@ class Door:
             self._decline(site, Decline.GUARD, group)
             return None
         stream.compressed += 1
-        sampled = _due(self._sqnr_every, stream)
-        # The host cannot wait for what is being captured in a CUDA graph.
-        guarded = _due(self._guard.every, stream) and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        # Nothing that a CUDA graph captures is sampled: the host cannot wait for it, and every replay would repeat it.
+        capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        sampled = not capturing and _due(self._sqnr_every, stream)
+        guarded = not capturing and _due(self._guard.every, stream)
         if sampled or guarded:
             # Needed as it is besides: what is encoded is that.
             tensor = materialized(tensor)
@@ -352,6 +352,15 @@ class Door:
     def _decline(self, site: Site | None, reason: Decline, group: dist.ProcessGroup) -> None:
         if _is_counted(group):
             self.telemetry.decline(site, reason)
+
+
+def _out_features(layer: torch.nn.Module) -> int | None:
+    """How many features a linear layer gives out on this rank; None if that cannot be told."""
+    # A quantized layer's weight is packed, in another layout.
+    if isinstance(features := getattr(layer, "out_features", None), int):
+        return features
+    weight = getattr(layer, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
 
 
 def _due(every: int, stream: _Stream) -> bool:

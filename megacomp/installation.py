@@ -84,8 +84,7 @@ class _Active:
         weights = self.door.config.weights
         if weights.checkpoint is None:
             return
-        patches = [patch for one in _models(model) for patch in _quantized_layers(weights.checkpoint, weights, one)]
-        for patch in patches:
+        for patch in _quantized_layers(weights.checkpoint, weights, _models(model)):
             patch.apply()
             undo.callback(patch.undo)
 
@@ -140,13 +139,26 @@ def _models(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn
     return [model]
 
 
-def _quantized_layers(checkpoint: str, weights: Weights, model: torch.nn.Module) -> list[LayerPatch]:
-    for framework in FRAMEWORKS:
-        if framework.imported and (ranks := framework.ranks(model)) is not None:
-            with open_shards(Path(checkpoint), *ranks, weights.order) as shards:
-                return quantized_layers(framework, model, shards)
-    path = f"{SECTION}.weights.checkpoint"
-    raise ConfigError([(path, "the model has no linear layer of Megatron-core or DeepSpeed that it could replace")])
+def _quantized_layers(checkpoint: str, weights: Weights, models: Iterable[torch.nn.Module]) -> list[LayerPatch]:
+    """What puts the weights in the place of those of `models`, which may be parts of one.
+
+    Models without a layer of a framework stay, as a pipeline stage that holds an embedding only does: ConfigError if
+    all of them are such. CheckpointError for weights that cannot be read or do not fit.
+    """
+    parts: dict[tuple[Framework, tuple[int, int]], list[torch.nn.Module]] = {}
+    for model in models:
+        for framework in FRAMEWORKS:
+            if framework.imported and (ranks := framework.ranks(model)) is not None:
+                parts.setdefault((framework, ranks), []).append(model)
+                break
+    if not parts:
+        path = f"{SECTION}.weights.checkpoint"
+        raise ConfigError([(path, "the model has no linear layer of Megatron-core or DeepSpeed that it could replace")])
+    patches = []
+    for (framework, ranks), held in parts.items():
+        with open_shards(Path(checkpoint), *ranks, weights.order) as shards:
+            patches += quantized_layers(framework, held, shards)
+    return patches
 
 
 class _Registry:
@@ -256,10 +268,10 @@ def install(
     """Compress the reductions of tensor-parallel layers in this process.
 
     config: a DeepSpeed JSON file, a dict of the same contents, or its "megacomp" section as a Config.
-    model: models already built (or their engines); needed to name the layers of a DeepSpeed model built
-        before, to check that every rule matches a site, and to replace weights (`weights.checkpoint`), which
-        `uninstall` puts back. Megatron's layers, and those that deepspeed.init_inference builds later, are
-        found without it.
+    model: models already built (or their engines), or all parts of one that this process holds; needed to name the
+        layers of a DeepSpeed model built before, to check that every rule matches a site, and to replace weights
+        (`weights.checkpoint`), which `uninstall` puts back. Megatron's layers, and those that
+        deepspeed.init_inference builds later, are found without it.
     group: the ranks that must agree; the default group unless given.
 
     If torch.distributed is initialised this is a collective call: all ranks of `group` compare their

@@ -31,6 +31,11 @@ class Adopted(torch.nn.Module):
         self.linear = linear
         self.register_buffer("bias", bias)
 
+    @property
+    def out_features(self) -> int:
+        """How many features it gives out on this rank."""
+        return self.linear.out_features
+
     def partial(self, input: torch.Tensor) -> torch.Tensor:
         """What `linear` makes of `input`, for the reduction; deferred where a door awaits it."""
         return self.linear(input, deferred=at_site())

@@ -13,7 +13,7 @@ injection, FastGen, and convolutions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,10 @@ class DeepSpeed(Framework):
             shapes = {name.removeprefix("module."): (out_features, in_features)}
             found.append(ParallelLinear(name, model.get_submodule(parent), child, module, shapes))
         return found
+
+    def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+        """Nothing: AutoTP gives every process part of every layer."""
+        return ()
 
     def quantized_layer(
         self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None

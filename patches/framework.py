@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.specifiers import SpecifierSet
@@ -81,6 +81,10 @@ class Framework(ABC):
         Raises CheckpointError for a model whose linears a checkpoint cannot be laid out for, and
         UnsupportedVersionError where this version's layers cannot be replaced.
         """
+
+    @abstractmethod
+    def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+        """How names of a checkpoint's linears begin that are in the same model as `models`, but in other processes."""
 
     @abstractmethod
     def quantized_layer(

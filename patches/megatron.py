@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -141,14 +141,14 @@ class Megatron(Framework):
             raise UnsupportedVersionError(f"quantized weights need megatron-core 0.14 or later, not {self.version}")
         found = []
         for name, layer in _transformer_layers(model).items():
-            config, prefix = layer.config, f"model.layers.{layer.layer_number - 1}"
+            config, prefix = layer.config, _prefix(layer.layer_number - 1)
             if not config.gated_linear_unit:
                 raise CheckpointError(f"{name}: quantized weights are supported for gated MLPs only")
             hidden, mlp, head_dim = config.hidden_size, config.ffn_hidden_size, config.kv_channels
             queries = config.num_attention_heads * head_dim
             kv_heads = config.num_query_groups or config.num_attention_heads
             keys = kv_heads * head_dim
-            attention, gated = f"{prefix}.self_attn", f"{prefix}.mlp"
+            attention, gated = f"{prefix}self_attn", f"{prefix}mlp"
             _, ranks = self.ranks(layer) or (0, 1)
             linears: dict[str, tuple[dict[str, tuple[int, int]], int]] = {
                 "self_attention.linear_qkv": (
@@ -175,6 +175,13 @@ class Megatron(Framework):
                 found.append(ParallelLinear(f"{name}.{path}", parent, child, linear, shapes, blocks))
         return found
 
+    def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+        """The layers of other pipeline stages, by their numbers."""
+        layers = [layer for model in models for layer in _transformer_layers(model).values()]
+        held = {layer.layer_number - 1 for layer in layers}
+        count = max((layer.config.num_layers for layer in layers), default=0)
+        return tuple(_prefix(index) for index in range(count) if index not in held)
+
     def quantized_layer(
         self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None
     ) -> torch.nn.Module:
@@ -193,6 +200,11 @@ def _transformer_layers(model: torch.nn.Module) -> dict[str, Any]:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, TransformerLayer)}
+
+
+def _prefix(index: int) -> str:
+    """How Hugging Face's names of what is in a layer begin."""
+    return f"model.layers.{index}."
 
 
 def _kinds(module: Any) -> list[str]:

@@ -52,18 +52,22 @@ class LayerPatch:
         setattr(self.at.parent, self.at.child, self.at.layer)
 
 
-def quantized_layers(framework: Framework, model: torch.nn.Module, shards: Shards) -> list[LayerPatch]:
-    """The layers that multiply the quantized weights of `shards`, to take the place of those of `model`.
+def quantized_layers(framework: Framework, models: Sequence[torch.nn.Module], shards: Shards) -> list[LayerPatch]:
+    """The layers that multiply the quantized weights of `shards`, to take the place of those of `models`.
+
+    models: all that this process holds of one model, as Megatron's virtual pipeline stages.
 
     Layers whose weights the checkpoint left unquantized, and those that hold the weights of it already, stay.
 
-    Raises CheckpointError, before anything has been read, if tensors are missing or do not fit the model; and if the
-    linears of one layer were not quantized alike. The model is not changed.
+    Raises CheckpointError, before anything has been read, if tensors are missing or do not fit the models, or are for
+    no layer of this process or of another; and if the linears of one layer were not quantized alike. The models are
+    not changed.
     """
-    candidates = framework.parallel_linears(model)
+    candidates = [at for model in models for at in framework.parallel_linears(model)]
     layers = [at for at in candidates if not _holds(at, shards)]
     shards.check({name: shape for at in layers for name, shape in at.linears.items()})
-    if lost := sorted(shards.linears - {name for at in candidates for name in at.linears}):
+    known, elsewhere = {name for at in candidates for name in at.linears}, framework.elsewhere(models)
+    if lost := sorted(name for name in shards.linears - known if not name.startswith(elsewhere)):
         raise CheckpointError(f"{shards.folder}: {lost[0]} is quantized, but the model has no such layer")
     patches = []
     for at in layers:
@@ -112,5 +116,8 @@ def _quantized(framework: Framework, at: ParallelLinear, shards: Shards) -> torc
 
 def _joined_bias(parts: Sequence[LinearShard], blocks: int, dtype: torch.dtype) -> torch.Tensor:
     """The bias of the outputs in the order of `concatenate_outputs`; zero where a linear has none."""
-    biases = [torch.zeros(part.out_features) if part.bias is None else part.bias.float() for part in parts]
+    biases = [
+        part.weight.scales.new_zeros(part.out_features, dtype=torch.float32) if part.bias is None else part.bias.float()
+        for part in parts
+    ]
     return torch.cat([bias.unflatten(0, (blocks, -1)) for bias in biases], dim=1).flatten().to(dtype)

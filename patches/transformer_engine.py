@@ -15,7 +15,7 @@ symmetric memory, LayerNormMLP and the operations of TEFusedMLP.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,6 +94,10 @@ class TransformerEngine(Framework):
     def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
         """None of them may be replaced."""
         return []
+
+    def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+        """Unknown here."""
+        return ()
 
     def quantized_layer(
         self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None

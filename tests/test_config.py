@@ -98,8 +98,40 @@ def test_sections_that_mean_the_same_have_one_digest() -> None:
     assert short.digest() != communication(codec="mxfp4", rules=[{"layers": "1", "codec": "int8"}]).digest()
 
 
-def test_canonical_sections_are_json_and_load_again() -> None:
-    config, _ = load(DESIGN_EXAMPLE)
+def test_a_gather_codec_that_is_the_codec_says_nothing() -> None:
+    same = {"format": "mx", "element": "fp4_e2m1", "block_size": 32, "scale": "e8m0"}
+    plain = communication(codec="mxfp4", rules=[{"module": "mlp", "codec": "int8"}])
+    for gather_codec in ("mxfp4", same):
+        explicit = communication(
+            codec="mxfp4",
+            gather_codec=gather_codec,
+            rules=[{"module": "mlp", "codec": "int8", "gather_codec": {"preset": "int8"}}],
+        )
+        assert explicit.canonical() == plain.canonical() and explicit.digest() == plain.digest()
+    # What a rule inherits is another codec than its own.
+    inherited = communication(codec="mxfp4", gather_codec="mxfp4", rules=[{"module": "mlp", "codec": "int8"}])
+    assert inherited.canonical()["communication"]["rules"][0]["gather_codec"] == "mxfp4"
+    assert inherited.digest() != plain.digest()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        DESIGN_EXAMPLE,
+        {
+            "megacomp": {
+                "communication": {
+                    "codec": "mxfp4",
+                    "gather_codec": "int8",
+                    "rules": [{"module": "mlp", "codec": "int8"}],
+                }
+            }
+        },
+    ],
+    ids=["design", "rule of the inherited gather codec"],
+)
+def test_canonical_sections_are_json_and_load_again(document: dict[str, Any]) -> None:
+    config, _ = load(document)
     again, _ = load({"megacomp": json.loads(json.dumps(config.canonical()))})
     assert again.canonical() == config.canonical()
 

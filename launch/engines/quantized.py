@@ -47,7 +47,7 @@ class QuantizedWeights:
         """Put them in the place of the layers of `model`, which is split already."""
         try:
             with open_shards(self.folder, rank, tp, self.order) as shards:
-                for patch in quantized_layers(framework, model, shards):
+                for patch in quantized_layers(framework, [model], shards):
                     patch.apply()
         except CheckpointError as error:
             raise LaunchError(str(error)) from None

@@ -128,7 +128,8 @@ class Search:
     def among(cls, scale: torch.Tensor, shift: torch.Tensor, center: torch.Tensor, factors: Sequence[float]) -> Search:
         """The candidates of these, none tried yet."""
         errors = torch.zeros(len(factors), *scale.shape, dtype=torch.float64, device=scale.device)
-        return cls(scale.float(), shift.float(), center.float(), torch.tensor(factors, device=scale.device), errors)
+        tried = torch.tensor(factors, dtype=torch.float32, device=scale.device)
+        return cls(scale.float(), shift.float(), center.float(), tried, errors)
 
     @classmethod
     def first(cls, format: StaticFormat, seen: Ranges) -> Search:
@@ -285,7 +286,7 @@ class Statistics:
             for key, gathered in (*self._ranges.items(), *self._searches.items())
             for field in fields(gathered)  # type: ignore[arg-type]  # Ranges or Search
         }
-        return {**tensors, "counts": torch.tensor([self.world_size, self.skipped_rows, self._pass])}
+        return {**tensors, "counts": torch.tensor([self.world_size, self.skipped_rows, self._pass], device="cpu")}
 
     def merge(self, state: Mapping[str, torch.Tensor], device: torch.device | str = "cpu") -> None:
         """Takes over a :meth:`state`, in place of what is known of the same senders."""

@@ -188,7 +188,8 @@ class Codec(ABC):
         Args:
             wires: uint8 ``[peers, rows, row_bytes]``, last dimension contiguous, at least one peer.
             features: values per row.
-            gather_codec: the codec of the result; its backend plays no part.
+            gather_codec: the codec of the result. Its own backend encodes; but from one block codec to another this
+                codec's does both.
             out: where to write: uint8 ``[rows, gather_codec.row_bytes(features)]``, last dimension contiguous.
             sums: a buffer to use where no kernel does it in one step; see ``megacomp.kernels.decode_sum_encode``.
 

@@ -48,5 +48,5 @@ def _buffer(slot: Slot, size: int, device: torch.device) -> torch.Tensor:
         buffers.pop(slot, None)  # freed before its successor is allocated
         # Tensors born in inference mode could not be written to by a later call outside it.
         with torch.inference_mode(False):
-            buffers[slot] = torch.empty(size, dtype=torch.uint8)
+            buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
     return buffers[slot][:size]

@@ -329,7 +329,7 @@ class GPTQCheckpoint:
         """The group of each input feature, int64 [in_features]. Raises CheckpointError if one is out of range."""
         scheme, (_, in_features) = self.linears[name], self.shape(name)
         size = in_features if scheme.group_size == -1 else scheme.group_size
-        natural = torch.arange(in_features) // size
+        natural = torch.arange(in_features, device="cpu") // size
         tensor = self._g_idx_name(name)
         if tensor not in self.files:
             return natural

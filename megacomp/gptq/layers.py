@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
                 lambda codec, wire: codec.encode_product(rows, weight, wire),
             )
         y = dequant_gemm(rows, weight, int4pack=self._int4pack)
-        return (y if self.bias is None else y + self.bias).view(shape)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).view(shape)
 
     def _encodes(self, rows: torch.Tensor, weight: GroupedWeight) -> bool:
         # A compiler does not follow tensors of a kind of their own.

@@ -72,15 +72,16 @@ def arrange(g_idx: torch.Tensor, given: torch.Tensor, codes_per_word: int) -> Ar
         missing = count * codes_per_word - (end - start)
         rows.append(position[start:end])
         rows.append(position[start].expand(missing))
-        fillers.append(torch.arange(end - start + missing) >= end - start)
+        fillers.append(torch.arange(end - start + missing, device=g_idx.device) >= end - start)
     stored, filler = torch.cat(rows), torch.cat(fillers)
-    in_order = len(stored) == len(given) and torch.equal(stored, torch.arange(len(given)))
+    in_order = len(stored) == len(given) and torch.equal(stored, torch.arange(len(given), device=stored.device))
     equal = bool((words == words[0]).all())
+    numbers = torch.arange(len(groups), dtype=torch.int32, device=words.device)
     return Arrangement(
         inputs=given[stored],
         filler=filler,
         groups=groups.long(),
-        word_groups=None if equal else torch.arange(len(groups), dtype=torch.int32).repeat_interleave(words),
+        word_groups=None if equal else numbers.repeat_interleave(words),
         input_index=None if in_order else stored.int(),
     )
 
@@ -95,7 +96,7 @@ def tp_aware_order(g_idx: torch.Tensor, ranks: int, codes_per_word: int) -> torc
         return None
     order = sort_by_group(g_idx)
     changes = (g_idx[order].diff() != 0).nonzero().flatten() + 1
-    boundaries = torch.arange(0, len(order) + 1, len(order) // ranks)
+    boundaries = torch.arange(0, len(order) + 1, len(order) // ranks, device=order.device)
     # Words are counted from each rank's own start: a run of a group within a rank must have whole words.
     cuts = torch.unique(torch.cat([changes, boundaries])).tolist()
     if any((end - start) % codes_per_word for start, end in pairwise(cuts)):
@@ -182,4 +183,6 @@ def _group_of_row(rows: Arrangement, bits: int) -> torch.Tensor:
     """The position of each row's group in `rows.groups`, int64 [rows]."""
     if rows.word_groups is not None:
         return rows.word_groups.long().repeat_interleave(WORD_BITS // bits)
-    return torch.arange(len(rows.groups)).repeat_interleave(len(rows.inputs) // len(rows.groups))
+    return torch.arange(len(rows.groups), device=rows.groups.device).repeat_interleave(
+        len(rows.inputs) // len(rows.groups)
+    )

@@ -150,7 +150,7 @@ class CheckpointShards(Shards):
         out_features, in_features = checkpoint.shape(name)
         features = self._order_of(parent) if role in _MLP else None
         order: Order = "local" if features is None else "tp_aware"
-        inputs, outputs = torch.arange(in_features), torch.arange(out_features)
+        inputs, outputs = torch.arange(in_features, device="cpu"), torch.arange(out_features, device="cpu")
         if role in _SPLIT_BY_OUTPUT:
             outputs = self._share(name, outputs if features is None else features)
         else:

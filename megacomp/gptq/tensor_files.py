@@ -71,10 +71,12 @@ class TensorFiles:
         return tuple(header.get_shape()), header.get_dtype()
 
     def read(self, name: str, rows: slice = _ALL, columns: slice = _ALL) -> torch.Tensor:
-        """A tensor, or its part in `rows` (first dimension) and `columns` (second), in its own dtype."""
+        """A tensor, or its part in `rows` (first dimension) and `columns` (second), in its own dtype, on the CPU."""
         part = self._handles[name].get_slice(name)
         try:
-            return part[rows] if columns == _ALL else part[rows, columns]
+            # safetensors takes slices by way of torch's default device.
+            with torch.device("cpu"):
+                return part[rows] if columns == _ALL else part[rows, columns]
         except (SafetensorError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from None
 

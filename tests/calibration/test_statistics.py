@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "codecs"))
 import reference
+from torch_defaults import default_dtype
 
 from megacomp import codecs
 from megacomp.calibration import Statistics, tables_of
@@ -94,6 +95,14 @@ def test_the_published_rule_bit_for_bit(features: int, ranks: int) -> None:
     assert np.array_equal(total.scale.numpy(), scale) and np.array_equal(total.kept.numpy(), kept)
     assert partials.offset is partials.weight is total.offset is total.weight is None
     assert len(kept) == features // 64
+
+
+def test_the_default_dtype_of_torch_decides_nothing() -> None:
+    codec, calibration = static("static4"), messages(64, 2, [40, 25])
+    expected = tables_of(statistics_of(calibration, codec), codec, _Site().name)
+    with default_dtype(torch.float16):
+        found = tables_of(statistics_of(calibration, codec), codec, _Site().name)
+    assert [tables.digest for tables in found] == [tables.digest for tables in expected]
 
 
 def test_of_equal_ranges_the_first_features_are_kept() -> None:

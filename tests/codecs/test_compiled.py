@@ -51,6 +51,14 @@ def test_auto_compiles_on_the_cpu_only_where_rows_are_many():
     assert resolved("reference", 2, "cpu") == "reference"
 
 
+def test_the_compiler_is_tried_on_the_cpu_whatever_the_default_device(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: tried.append)
+    with torch.device("meta"):
+        assert compiled.compiler_problem.__wrapped__() is None
+    assert [x.device.type for x in tried] == ["cpu"]
+
+
 def test_without_a_compiler_auto_falls_back_with_one_logged_reason(caplog):
     compiled.compiler_problem.cache_clear()
     try:

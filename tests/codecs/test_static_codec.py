@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rank_pool import RankPool
 from static_cases import calibrated, tables
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch_defaults import default_dtype
 
 from megacomp import codecs
 from megacomp.codecs import Codec, StaticCodec
@@ -63,6 +64,18 @@ def test_before_calibration_it_knows_sizes_and_nothing_else(spec: Any) -> None:
     for call in calls:
         with pytest.raises(ValueError, match=f"codec {codec.name} is not calibrated: .*megacomp calibrate"):
             call()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_defaults_of_torch_decide_nothing(spec: Any) -> None:
+    codec, partials = calibrated(spec, FEATURES, 2), [values(3), values(3, 1)]
+    wires = wires_of(codec, partials)
+    total = codec.decode_sum(wires, FEATURES, torch.float32)
+    for defaults in (default_dtype(torch.float16), default_dtype(torch.float64), torch.device("meta")):
+        with defaults:
+            again = wires_of(codec, partials)
+            assert torch.equal(again, wires)
+            assert torch.equal(codec.decode_sum(again, FEATURES, torch.float32), total)
 
 
 def test_other_ranks_and_features_than_it_was_calibrated_for_are_refused() -> None:

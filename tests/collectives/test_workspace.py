@@ -44,3 +44,12 @@ def test_born_in_inference_mode_usable_outside() -> None:
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(fill).result()
+
+
+def test_the_default_device_of_torch_plays_no_part() -> None:
+    def take_one() -> torch.device:
+        with torch.device("meta"):
+            return take("sums", [(8, 8)], CPU)[0].device
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(take_one).result() == CPU

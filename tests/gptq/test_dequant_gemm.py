@@ -137,6 +137,17 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_gemm_backend("compiled", many, weight, cache)
 
 
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_the_default_device_of_torch_plays_no_part(backend: str) -> None:
+    if backend == "compiled" and (problem := compiler_problem()):
+        pytest.skip(problem)
+    weight, _ = _weight(start=60)
+    x = _x(5, IN - 60, torch.float32)
+    with torch.device("meta"):
+        product = dequant_gemm(x, weight, backend)
+    assert torch.equal(product, dequant_gemm(x, weight, backend))
+
+
 def test_rows_that_fill_up_words_are_zero() -> None:
     weight, dense = _weight(start=60)
     assert weight.rows > len(dense) and weight.input_index is not None
@@ -162,3 +173,15 @@ def test_the_module_takes_any_leading_dimensions() -> None:
     x = _x(6, IN, torch.float32)
     assert torch.equal(linear(x.view(2, 3, IN)), linear(x).view(2, 3, OUT))
     assert linear(x[0]).shape == (OUT,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_the_module_gives_has_the_dtype_of_its_input_whatever_that_of_its_bias(dtype: torch.dtype) -> None:
+    weight, _ = _weight()
+    bias = torch.arange(OUT, dtype=torch.float32)
+    plain, biased = (
+        QuantizedLinear(LinearShard(weight, own, IN, OUT, "local"), Path("somewhere")) for own in (None, bias)
+    )
+    x = _x(6, IN, dtype)
+    y = biased(x)
+    assert y.dtype == dtype and torch.equal(y, plain(x) + bias.to(dtype))

@@ -57,6 +57,27 @@ def test_every_layout_is_read_exactly(tmp_path: Path, layout: str, bits: int, gr
         assert torch.equal(_dense(folder, ranks=ranks), one.dense())
 
 
+@pytest.mark.parametrize("layout", models.FORMATS)
+@pytest.mark.parametrize("order", ["tp_aware", "local"])
+@pytest.mark.parametrize("features", [128, 96], ids=["equal groups", "unequal groups"])
+def test_the_default_device_of_torch_plays_no_part(tmp_path: Path, layout: str, order: Any, features: int) -> None:
+    parent = "model.layers.0.mlp"
+    linears = {f"{parent}.{role}": models.linear(64, features, seed=1) for role in ("gate_proj", "up_proj")}
+    linears[f"{parent}.down_proj"] = models.linear(features, 64, ordered=features == 128, seed=2)
+    models.write(tmp_path, linears, layout, models.settings(layout, group_size=32), {})
+
+    def read() -> list[torch.Tensor]:
+        with open_shards(tmp_path, 1, 2, order) as shards:
+            shards.check({name: (one.codes.shape[1], one.codes.shape[0]) for name, one in linears.items()})
+            weights = [shards.read(name).weight for name in linears]
+        return [tensor for weight in weights for tensor in vars(weight).values() if isinstance(tensor, torch.Tensor)]
+
+    expected = read()
+    with torch.device("meta"):
+        found = read()
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
 def test_zero_points_of_zero_borrow_in_the_first_format(tmp_path: Path) -> None:
     one = models.linear(64, 16)
     one.zeros[:] = 0

@@ -16,11 +16,19 @@ import transformers
 from models import deepspeed_on_cpu, megatron_gpt, megatron_logits, tokens
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from static_cases import tables
 
 import megacomp
+from megacomp import codecs
+from megacomp.calibration import Calibration, SiteTables
+from megacomp.codecs import StaticCodec
 from megacomp.gptq import CheckpointError, QuantizedLinear
+from megacomp.gptq.shards import LinearShard
+from megacomp.kernels.grouped_weight import GroupedWeight
 from megacomp.launch import engines
+from megacomp.launch.calibration import write
 from megacomp.launch.errors import LaunchError
+from megacomp.patches.quantization import _joined_bias
 from megacomp.report import Report
 
 ENGINES = ("deepspeed", "megatron")
@@ -117,6 +125,33 @@ def test_quantized_layers_reduce_at_the_same_sites_compressed(ranks: RankPool, f
         f"layers.{layer}.{module}": 1 for layer in range(LAYERS) for module in ("attention", "mlp")
     }
     assert set(first["report"].quantized.values()) == {"local"}
+
+
+def _calibration(features: int, file: Path) -> dict[str, Any]:
+    """The communication of a section with a made-up calibration for two ranks, written to `file`."""
+    codec = codecs.get("static4")
+    assert isinstance(codec, StaticCodec)
+    sites = {
+        f"layers.{layer}.{module}": SiteTables(tables(codec.format, features, 2), tables(codec.format, features))
+        for layer in range(LAYERS)
+        for module in ("attention", "mlp")
+    }
+    write(Calibration(2, features, "", {codec.name: dict(codec.spec)}, {codec.name: sites}), file)
+    return {"codec": "static4", "calibration": str(file), "min_bytes": 0}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_calibration_is_held_against_what_quantized_layers_give_out(
+    ranks: RankPool, folders: Path, tmp_path: Path, engine: str
+) -> None:
+    config = _section(folders / "quantized")
+    config["megacomp"]["communication"] = _calibration(64, tmp_path / "calibration.safetensors")
+    for got in ranks.run(_installed, folders, engine, config):
+        assert {site.calls for site in got["report"].sites.values()} == {1}
+    config["megacomp"]["communication"] = _calibration(1024, tmp_path / "other.safetensors")
+    for got in ranks.run(_refused, folders, engine, config):
+        assert got["said"].startswith("ConfigError: ") and "made for hidden size 1024, not 64" in got["said"]
+        assert got["identical"] and got["same"] and not got["quantized"]
 
 
 def _refused(folders: Path, engine: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +313,43 @@ def test_sequence_parallelism(ranks: RankPool, tmp_path: Path) -> None:
         assert set(got["calls"][True].values()) == set(got["calls"][False].values()) == {1}
 
 
+def _stages(folder: Path, strays: dict[str, Path]) -> dict[str, Any]:
+    """The whole model, the same in two parts, its last two layers alone; and what is said of those with `strays`."""
+    with torch.no_grad(), megatron_gpt() as model:
+        layers = list(model.decoder.layers)
+        parts = {"whole": [model], "chunks": [layers[0], torch.nn.Sequential(*layers[1:])], "stage": layers[1:]}
+        parts["stage"].append(model.embedding)  # has no layer
+        logits, held = {}, {}
+        for name, given in parts.items():
+            with megacomp.install(_section(folder), model=given):
+                logits[name] = megatron_logits(model, tokens())
+                held[name] = [sum(isinstance(m, QuantizedLinear) for m in layer.modules()) for layer in layers]
+        said = {}
+        for name, other in strays.items():
+            with pytest.raises(CheckpointError) as error:
+                megacomp.install(_section(other), model=parts["stage"])
+            said[name] = str(error.value)
+        return {"logits": logits, "held": held, "said": said}
+
+
+def test_parts_of_a_model_take_their_layers_and_no_less(ranks: RankPool, tmp_path: Path) -> None:
+    folder, strays = models.save_for_megatron(tmp_path), {}
+    # In a layer that is here, and in one that is nowhere; a missing one is missed where it belongs.
+    for name in ("layers.1.mlp.more.up_proj", "layers.3.mlp.up_proj"):
+        strays[name] = tmp_path / name
+        shutil.copytree(folder, strays[name])
+        tensors = load_file(folder / "model.safetensors")
+        found = {key: tensor for key, tensor in tensors.items() if ".layers.1.mlp.up_proj." in key}
+        tensors |= {key.replace("layers.1.mlp.up_proj", name): tensor.clone() for key, tensor in found.items()}
+        save_file(tensors, strays[name] / "model.safetensors")
+    (got,) = ranks.run(_stages, folder, strays, world_size=1)
+    assert torch.equal(got["logits"]["chunks"], got["logits"]["whole"])
+    assert not torch.equal(got["logits"]["stage"], got["logits"]["whole"])
+    assert got["held"] == {"whole": [4, 4, 4], "chunks": [4, 4, 4], "stage": [0, 4, 4]}
+    for name, said in got["said"].items():
+        assert said.endswith(f"model.{name} is quantized, but the model has no such layer")
+
+
 def test_linears_that_megatron_cannot_fuse(folders: Path, tmp_path: Path) -> None:
     # GPTQ gives q, k and v one order, for they read the same input; a checkpoint may say otherwise.
     shutil.copytree(folders / "quantized", tmp_path / "m")
@@ -290,6 +362,28 @@ def test_linears_that_megatron_cannot_fuse(folders: Path, tmp_path: Path) -> Non
         engines.build(tmp_path / "m", "megatron", tp=1, dtype=torch.float32)
     with engines.build(tmp_path / "m", "deepspeed", tp=1, dtype=torch.float32) as built:
         assert built.logits(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_default_device_of_torch_plays_no_part(folders: Path, engine: str) -> None:
+    with engines.build(folders / "own", engine, tp=1, dtype=torch.float32) as built:
+        with torch.device("meta"):
+            installation = megacomp.install(_section(folders / "quantized"), model=built.module)
+        with installation:
+            assert {buffer.device.type for buffer in built.module.buffers()} == {"cpu"}
+            found = built.logits(TOKENS)
+    with engines.build(folders / "quantized", engine, tp=1, dtype=torch.float32) as built:
+        assert torch.equal(found, built.logits(TOKENS))
+
+
+def test_a_bias_of_linears_that_have_none_in_part() -> None:
+    none, some = (
+        LinearShard(GroupedWeight(torch.zeros(2, 4), torch.zeros(1, 4), None, 4), bias, 16, 4, "local")
+        for bias in (None, torch.arange(4).half())
+    )
+    with torch.device("meta"):
+        joined = _joined_bias([none, some], 2, torch.bfloat16)
+    assert joined.dtype == torch.bfloat16 and joined.tolist() == [0, 0, 0, 1, 0, 0, 2, 3]
 
 
 def test_a_bias_the_model_has_no_place_for(folders: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -171,6 +172,23 @@ def test_the_guard_and_telemetry_share_a_sample(ranks: RankPool) -> None:
     alone = ranks.run(_real, "one_shot", {})[0]
     both = ranks.run(_real, "one_shot", {"telemetry": {"sqnr_every": EVERY}})[0]
     assert both["guard"] == alone["guard"] and both["calls"] == alone["calls"]
+
+
+def _captured() -> tuple[dict[str, Any], float | None]:
+    """What `_real` finds, guard and telemetry on, of tensors in the capture of a CUDA graph; and the telemetry's."""
+    assert dist.group.WORLD is not None
+    door, layers = _door("one_shot", telemetry={"sqnr_every": 1})
+    capture = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
+    with _Warnings() as warnings, capture, mock.patch.object(torch.Tensor, "is_cuda", True):
+        got = _serve(door, layers, "one_shot", dist.group.WORLD)
+    return _found(door, [got], warnings.lines), door.telemetry.sites[NAMES[0]].sqnr_db
+
+
+def test_nothing_is_sampled_inside_a_cuda_graph(ranks: RankPool) -> None:
+    for found, sqnr_db in ranks.run(_captured):
+        assert sqnr_db is None and found["warnings"] == []
+        assert set(found["guard"].values()) == {GuardSamples()}
+        assert found["calls"] == dict.fromkeys(NAMES, STEPS)
 
 
 def _several_groups() -> list[list[bool]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -62,6 +62,9 @@ class Toy(Framework):
 
     def parallel_linears(self, model: torch.nn.Module) -> list[ParallelLinear]:
         return []
+
+    def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
+        return ()
 
     def quantized_layer(
         self, layer: torch.nn.Module, linear: QuantizedLinear, bias: torch.Tensor | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -287,18 +288,34 @@ def test_bits_per_value() -> None:
 
 
 def test_rows_that_a_program_cannot_hold_are_named() -> None:
-    for features, problem in ((LONGEST_ROW, None), (LONGEST_ROW + 1, "32769 features")):
-        for operation in ("encode", "decode_sum"):
-            found = launch_problem(operation, FORMATS["static4"], features, CPU)
-            assert (found is None) == (problem is None) and (problem or "") in (found or "")
+    for features, problem in ((LONGEST_ROW, None), (LONGEST_ROW + 1, "encode of 32769 features")):
+        found = launch_problem("encode", FORMATS["static4"], features, CPU)
+        assert (found is None) == (problem is None) and (problem or "") in (found or "")
 
 
-def test_tables_are_checked_and_copied_once() -> None:
+@interpreted
+def test_rows_of_any_length_are_decoded() -> None:
+    format, features = FORMATS["static4"], LONGEST_ROW + 1
+    assert launch_problem("decode_sum", format, features, CPU) is None
+    known = tables(format, features, 2)
+    wires = torch.stack(
+        [encoded(format, known, hard_values(2, features, torch.bfloat16), "reference", r) for r in (0, 1)]
+    )
+    expected = summed(format, known, wires, torch.bfloat16, "reference")
+    assert same_bits(summed(format, known, wires, torch.bfloat16, "triton"), expected)
+
+
+def test_tables_are_checked_and_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     known = tables(FORMATS["static4"], 320, 2)
     meta = known.to(torch.device("meta"))
     assert known.to(torch.device("meta")) is meta and meta.scale.is_meta and meta.kept.is_meta
     assert known.to(CPU) is known and known.digest == tables(FORMATS["static4"], 320, 2).digest
     assert known.digest != tables(FORMATS["static4"], 320, 2, seed=1).digest
+    known = tables(FORMATS["static4"], 320, 2)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch.Tensor, "to", mock.Mock(side_effect=MemoryError))
+        known.to(torch.device("meta"))
+    assert known.to(torch.device("meta")).scale.is_meta
     for kept in ([3, 2], [2, 2], [-1, 2], [2, 320]):
         with pytest.raises(ValueError, match="ascending, of 0 to 319"):
             StaticTables(known.scale, known.offset, known.weight, torch.tensor(kept))
