@@ -144,7 +144,6 @@ def main(
     """Measures, prints the tables, and writes them where asked to."""
     files.check_writable(out)
     check_table(write, MODULE)
-    logging.getLogger("megacomp").setLevel(logging.ERROR)
     models = {"Demo model, hidden 256, outlier features": demo()}
     if data is not None:
         for needed in ("stories260K", "bytellama-h256"):
@@ -152,6 +151,7 @@ def main(
                 raise LaunchError(f"no model {data / needed}")
         models["stories260K, hidden 64"] = stories(data)
         models["bytellama-h256, hidden 256"] = bytellama(data)
+    logging.getLogger("megacomp").setLevel(logging.ERROR)
     found = []
     for name, (folder, tokens) in models.items():
         for tp in RANKS:
