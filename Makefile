@@ -6,7 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: test run lint types unit compat soak clean
 
-test: lint types unit
+# The types are checked beside the tests, some of which wait.
+test: $(READY)
+	$(MAKE) --jobs 3 lint types unit
 
 run: $(READY)
 	$(BIN)/python -m examples.demo_lm.run --out runs/demo

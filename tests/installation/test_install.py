@@ -200,7 +200,7 @@ def test_sites_and_bypasses_of_models_are_reported(toy: ModuleType) -> None:
     with megacomp.install(MXFP4, model=models) as installation:
         report = installation.report()
     assert list(report.sites) == ["layers.0.mlp", "layers.1.mlp"]
-    assert report.not_covered == {"": "a bypass"}
+    assert report.not_covered == {"model[1].": "a bypass"}
 
 
 def test_rules_that_match_nothing_in_the_model_change_nothing(toy: ModuleType) -> None:
