@@ -95,20 +95,18 @@ class _Active:
     def find(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> _Found:
         """What there is to `attach` of models that have been built; ConfigError if `Door.check` finds it unfit."""
         models = _models(model)
-        # Chunks of one model, as of virtual pipeline stages, have equal names in them.
-        named = {f"model[{index}]." if len(models) > 1 else "": each for index, each in enumerate(models)}
-        known = [(framework, *each) for each in named.items() for framework in FRAMEWORKS if framework.imported]
-        sites = {layer: site for framework, _, each in known for layer, site in framework.sites(each).items()}
+        known = [(framework, model) for model in models for framework in FRAMEWORKS if framework.imported]
+        sites = {layer: site for framework, model in known for layer, site in framework.sites(model).items()}
         self.door.check(
-            sites, {ranks[1] for framework, _, each in known if (ranks := framework.ranks(each)) is not None}
+            sites, {ranks[1] for framework, model in known if (ranks := framework.ranks(model)) is not None}
         )
         return _Found(
             sites,
-            {at + name: why for framework, at, each in known for name, why in framework.not_covered(each).items()},
+            {name: why for framework, model in known for name, why in framework.not_covered(model).items()},
             {
-                at + name: module.order
-                for at, each in named.items()
-                for name, module in each.named_modules()
+                name: module.order
+                for model in models
+                for name, module in model.named_modules()
                 if isinstance(module, QuantizedLinear)
             },
         )

@@ -66,8 +66,7 @@ class Report:
     digest: SHA-256 of it.
     sites: by name, "layers.3.attention".
     outside: messages from no site (embedding, output layer, expert counts), all left exact.
-    not_covered: layers of the given model that reduce where no patch sees them, by name, and why. Of several models
-        that were given, names begin with "model[1].", as below.
+    not_covered: layers of the given model that reduce where no patch sees them, by name, and why.
     quantized: layers of the given model that hold GPTQ weights, by name, and the order of their features:
         "tp_aware", or "local" (always so in attention).
     tuning: where something is "tuned", the file that counts for so many ranks, or why the defaults do.
