@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megacomp.collectives.hops import GatherHop, cut, into, opened, out_of
+from megacomp.collectives.hops import GatherHop, cut, into, joint, opened, out_of
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route, choose_chunks
 from megacomp.collectives.trace import Trace
@@ -38,18 +38,20 @@ def _all_gather(x: torch.Tensor, group: dist.ProcessGroup | None, route: Route, 
     peers = peers_of(group)
     if peers.world_size == 1:
         return x.clone(memory_format=torch.contiguous_format)
-    result = x.new_empty((peers.world_size * x.shape[0], *x.shape[1:]))
+    shape = (peers.world_size * x.shape[0], *x.shape[1:])
     if x.numel() == 0:
-        return result
-    rows, out = as_matrix(x), as_matrix(result)
-    route.codec.check_message(rows.shape[1], 1, x.device)
-    pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
-    hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
-    source = out_of(rows)
-    with opened(hop):
-        for chunk in range(len(pieces)):
-            hop.send(chunk, source)
-        for chunk, (piece, *_) in enumerate(pieces):
-            starts = range(piece.start, len(out), len(rows))
-            hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))
+        return x.new_empty(shape)
+    route.codec.check_message(x.shape[-1], 1, x.device)
+    with joint(peers):
+        result = x.new_empty(shape)
+        rows, out = as_matrix(x), as_matrix(result)
+        pieces = cut([range(len(rows))] * peers.world_size, choose_chunks(route, len(rows), rows.shape[1], x.device))
+        hop = GatherHop(route.codec, peers, pieces, rows.shape[1], x.device, trace)
+        source = out_of(rows)
+        with opened(hop):
+            for chunk in range(len(pieces)):
+                hop.send(chunk, source)
+            for chunk, (piece, *_) in enumerate(pieces):
+                starts = range(piece.start, len(out), len(rows))
+                hop.finish_each(chunk, [range(start, start + len(piece)) for start in starts], into(out))
     return result

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megacomp.collectives.deferred import materialized
-from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into, opened, out_of
+from megacomp.collectives.hops import Finish, GatherHop, ScatterHop, cut, into, joint, opened, out_of
 from megacomp.collectives.message import Peers, as_matrix, check_out, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import deal
 from megacomp.collectives.route import Route, choose_algorithm, choose_chunks
@@ -42,8 +42,10 @@ def all_reduce(
         RuntimeError: the one backend that a codec asks for cannot run on x's device.
         CollectiveError: a message of this group has failed before.
 
-    What is raised later (CollectiveError where a peer is gone or silent, or whatever went wrong here) leaves
-    messages under way: from then on this rank refuses every message of the group.
+    What is raised later (CollectiveError where a peer is gone or silent, or whatever went wrong here, memory that
+    ran out included) leaves messages under way: from then on this rank refuses every message of the group. What is
+    raised before is expected of every rank; one that alone was refused, as where only its host lacks a backend, must
+    not go on over the group.
     """
     check_tensor(x)
     if out is not None:
@@ -62,15 +64,28 @@ def _all_reduce(
     out: torch.Tensor | None,
     trace: Trace | None,
 ) -> torch.Tensor:
+    def result() -> torch.Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+
     peers = peers_of(group)
-    result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if peers.world_size == 1 or x.numel() == 0:
-        return result.copy_(materialized(x).detach())
+        return result().copy_(materialized(x).detach())
     if isinstance(group, SimulatedGroup):
         partial = materialized(x).detach()
-        return result.copy_(group.exchange(partial, lambda partials: simulated_all_reduce(partials, route)))
-    reduce_rows(x, into(as_matrix(result)), peers, route, trace)
-    return result
+        return result().copy_(group.exchange(partial, lambda partials: simulated_all_reduce(partials, route)))
+    check_codecs(x, peers, route)
+    with joint(peers):
+        summed = result()
+        reduce_rows(x, into(as_matrix(summed)), peers, route, trace)
+    return summed
+
+
+def check_codecs(x: torch.Tensor, peers: Peers, route: Route) -> None:
+    """Raise, while nothing has been sent, what keeps a codec from its part in the sum of `x` [..., features]."""
+    rows, features = matrix_shape(x)
+    route.codec.check_message(features, peers.world_size, x.device)
+    if choose_algorithm(route, peers.world_size, rows, features) == "two_shot":
+        route.second_codec.check_message(features, 1, x.device)
 
 
 def reduce_rows(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace: Trace | None) -> None:
@@ -87,7 +102,6 @@ def one_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
     2. As the chunks of all peers arrive, decode and sum them in rank order: one rounding by the codec.
     """
     rows, features = matrix_shape(x)
-    route.codec.check_message(features, peers.world_size, x.device)
     source = out_of(x)
     pieces = cut([range(rows)] * peers.world_size, choose_chunks(route, rows, features, x.device))
     hop = GatherHop(route.codec, peers, pieces, features, x.device, trace)
@@ -108,8 +122,6 @@ def two_shot(x: torch.Tensor, finish: Finish, peers: Peers, route: Route, trace:
     3. As the sums arrive, decode them; a rank's own sum too, so that all ranks hold the same bits.
     """
     rows, features = matrix_shape(x)
-    route.codec.check_message(features, peers.world_size, x.device)
-    route.second_codec.check_message(features, 1, x.device)
     source = out_of(x)
     pieces = deal(rows, peers.world_size, choose_chunks(route, rows, features, x.device))
     gather = GatherHop(route.second_codec, peers, pieces, features, x.device, trace)

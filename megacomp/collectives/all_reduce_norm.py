@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 
 from megacomp.codecs import DTYPES, Codec
-from megacomp.collectives.all_reduce import reduce_rows
+from megacomp.collectives.all_reduce import check_codecs, reduce_rows
 from megacomp.collectives.deferred import materialized
-from megacomp.collectives.hops import sums_buffer
+from megacomp.collectives.hops import joint, sums_buffer
 from megacomp.collectives.message import as_matrix, check_tensor, name_of, peers_of
 from megacomp.collectives.route import Route
 from megacomp.kernels import add_norm
@@ -50,31 +50,39 @@ def all_reduce_norm(
         return torch.ops.megacomp.all_reduce_norm(
             x.detach(), residual.detach(), weight.detach(), eps, bias, route.key, name_of(group)
         )
+
+    def results() -> tuple[torch.Tensor, torch.Tensor]:
+        new_residual = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        return new_residual, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
     peers = peers_of(group)
-    new_residual = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    normalized = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        return new_residual, normalized
-    residuals, new_residuals, norms = map(as_matrix, (residual.detach(), new_residual, normalized))
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return results()
+    residual, weight, bias = residual.detach(), weight.detach(), None if bias is None else bias.detach()
     if peers.world_size == 1:
-        add_norm(as_matrix(materialized(x).detach()).float(), residuals, weight, eps, new_residuals, norms, bias)
+        new_residual, normalized = results()
+        total = as_matrix(materialized(x).detach()).float()
+        add_norm(total, as_matrix(residual), weight, eps, as_matrix(new_residual), as_matrix(normalized), bias)
         return new_residual, normalized
+    check_codecs(x, peers, route)
+    with joint(peers):
+        new_residual, normalized = results()
+        residuals, new_residuals, norms = map(as_matrix, (residual, new_residual, normalized))
 
-    def finish(codec: Codec, wires: torch.Tensor, owned: range) -> None:
-        part = slice(owned.start, owned.stop)
-        codec.reduce_norm(
-            wires,
-            residuals[part],
-            weight,
-            eps,
-            new_residuals[part],
-            norms[part],
-            bias,
-            sums_buffer(len(owned), x.shape[-1], x.device),
-        )
+        def finish(codec: Codec, wires: torch.Tensor, owned: range) -> None:
+            part = slice(owned.start, owned.stop)
+            codec.reduce_norm(
+                wires,
+                residuals[part],
+                weight,
+                eps,
+                new_residuals[part],
+                norms[part],
+                bias,
+                sums_buffer(len(owned), x.shape[-1], x.device),
+            )
 
-    reduce_rows(x, finish, peers, route, None)
+        reduce_rows(x, finish, peers, route, None)
     return new_residual, normalized
 
 

@@ -23,6 +23,7 @@ from megacomp.collectives.deferred import DeferredPartial
 from megacomp.collectives.links import CHANNELS, link_for
 from megacomp.collectives.message import Peers, as_matrix, cause_of, mark_failed
 from megacomp.collectives.partition import consecutive, runs, split
+from megacomp.collectives.simulated_ranks import SimulatedGroup
 from megacomp.collectives.trace import Trace, measured
 from megacomp.kernels import sums_rows
 
@@ -100,7 +101,6 @@ class _Hop(ABC):
         trace: Trace | None,
     ) -> None:
         """pieces: for each chunk, one range of rows per rank (`cut`)."""
-        self.peers = peers
         self._codec = codec.sender(peers.rank)
         self._rank = peers.rank
         self._pieces = pieces
@@ -144,21 +144,31 @@ class _Hop(ABC):
 
 
 @contextmanager
-def opened(*hops: _Hop) -> Iterator[None]:
-    """Have `hops`, of one call, be ready for all wires first, and in the end wait until this rank's own have left.
+def joint(peers: Peers) -> Iterator[None]:
+    """What `peers` do together, each counting on the others, from the first allocation to the last wire.
 
-    What fails in between leaves receives posted and peers waiting, and the next message of the same shape would be
-    taken for this one: no message of the group is of use any more.
+    A rank that fails in here leaves receives posted and its peers' wires under way, and the next message of the same
+    shape would be taken for this one: no message of the group is of use any more.
+
+    Raises ValueError for a SimulatedGroup, whose ranks exchange tensors and no wires.
     """
+    if isinstance(peers.group, SimulatedGroup):
+        raise ValueError("of the compressed collectives, simulated ranks have all_reduce only")
     try:
-        for hop in hops:
-            hop.open()
         yield
-        for hop in hops:
-            hop.close()
     except BaseException as error:
-        mark_failed(hops[0].peers.group, cause_of(error))
+        mark_failed(peers.group, cause_of(error))
         raise
+
+
+@contextmanager
+def opened(*hops: _Hop) -> Iterator[None]:
+    """Have `hops`, of one call, be ready for all wires first, and in the end wait until this rank's own have left."""
+    for hop in hops:
+        hop.open()
+    yield
+    for hop in hops:
+        hop.close()
 
 
 class GatherHop(_Hop):

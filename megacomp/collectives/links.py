@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from megacomp.collectives.message import CollectiveError, Peers
-from megacomp.collectives.simulated_ranks import SimulatedGroup
 
 # Tags have 31 bits: one that keeps away from those a program would use for messages of its own, then the channel, then
 # the chunk. Chunks beyond begin anew, for messages of one tag are received in the order in which they were sent.
@@ -172,9 +171,5 @@ def link_for(peers: Peers, device: torch.device, channel: int) -> Link:
     """The link for tensors of `device`: point to point on the CPU, collectives on an accelerator.
 
     channel: below CHANNELS; tells messages apart that could be taken for one another.
-
-    Raises ValueError for a SimulatedGroup, whose ranks exchange tensors and no wires.
     """
-    if isinstance(peers.group, SimulatedGroup):
-        raise ValueError("of the compressed collectives, simulated ranks have all_reduce only")
     return PointToPointLink(peers, channel) if device.type == "cpu" else CollectiveLink(peers)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megacomp.collectives.deferred import materialized
-from megacomp.collectives.hops import ScatterHop, cut, into, opened, out_of
+from megacomp.collectives.hops import ScatterHop, cut, into, joint, opened, out_of
 from megacomp.collectives.message import as_matrix, check_tensor, matrix_shape, name_of, peers_of
 from megacomp.collectives.partition import split
 from megacomp.collectives.route import Route, choose_chunks
@@ -48,18 +48,20 @@ def _reduce_scatter(
         )
     if peers.world_size == 1:
         return materialized(x).clone(memory_format=torch.contiguous_format)
-    result = torch.empty((x.shape[0] // peers.world_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    shape = (x.shape[0] // peers.world_size, *x.shape[1:])
     if x.numel() == 0:
-        return result
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     rows, features = matrix_shape(x)
     route.codec.check_message(features, peers.world_size, x.device)
-    source, out = out_of(x), as_matrix(result)
-    shares = split(range(rows), peers.world_size)
-    pieces = cut(shares, choose_chunks(route, rows, features, x.device))
-    hop = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
-    with opened(hop):
-        for chunk in range(len(pieces)):
-            hop.send(chunk, source)
-        for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
-            hop.finish_sum(chunk, owned[0], into(out))
+    with joint(peers):
+        result = torch.empty(shape, dtype=x.dtype, device=x.device)
+        source, out = out_of(x), as_matrix(result)
+        shares = split(range(rows), peers.world_size)
+        pieces = cut(shares, choose_chunks(route, rows, features, x.device))
+        hop = ScatterHop(route.codec, peers, pieces, features, x.device, trace)
+        with opened(hop):
+            for chunk in range(len(pieces)):
+                hop.send(chunk, source)
+            for chunk, owned in enumerate(cut([range(len(out))], len(pieces))):
+                hop.finish_sum(chunk, owned[0], into(out))
     return result

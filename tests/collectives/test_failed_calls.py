@@ -12,6 +12,7 @@ import torch.distributed as dist
 from collective_cases import CALLS, Case, assert_as_emulated
 from rank_pool import RankPool
 from static_cases import calibrated
+from torch.overrides import TorchFunctionMode
 
 from megacomp import codecs
 from megacomp.codecs import BlockCodec
@@ -72,12 +73,25 @@ def test_what_a_codec_refuses_is_refused_before_anything_is_sent(ranks: RankPool
     assert_as_emulated(CASES, ranks.run(_after_refusals, call, timeout=TIMEOUT))
 
 
-def _after_a_failure(failing: Case) -> list[torch.Tensor]:
-    """CASES over another group, once memory has run out under `failing` on every rank of this one."""
+class _NoRoom(TorchFunctionMode):
+    """No tensor can be made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
+            raise torch.OutOfMemoryError("20 GiB")
+        return func(*args, **(kwargs or {}))
+
+
+def _after_a_failure(call: Callable[..., Any], failing: Case, no_room: bool) -> list[torch.Tensor]:
+    """CASES over another group, once memory has run out under `failing` on every rank of this one.
+
+    no_room: at once, for the result; or when a codec encodes.
+    """
     rank, others = dist.get_rank(), dist.new_group()
-    out_of_memory = mock.patch.object(BlockCodec, "encode", side_effect=torch.OutOfMemoryError("20 GiB"))
-    with out_of_memory, pytest.raises(torch.OutOfMemoryError):
-        CALLS[failing.collective](failing.partial(rank), None, failing.route())
+    x = failing.partial(rank)
+    encode = mock.patch.object(BlockCodec, "encode", side_effect=torch.OutOfMemoryError("20 GiB"))
+    with _NoRoom() if no_room else encode, pytest.raises(torch.OutOfMemoryError):
+        call(x, None, failing.route())
     for call in (*CALLS.values(), _norm, _compiled):
         with pytest.raises(
             CollectiveError, match=r"this process group has failed before; .*: OutOfMemoryError: 20 GiB"
@@ -86,9 +100,14 @@ def _after_a_failure(failing: Case) -> list[torch.Tensor]:
     return [CALLS[case.collective](case.partial(rank), others, case.route()) for case in CASES]
 
 
-@pytest.mark.parametrize("failing", CASES)
-def test_what_fails_on_the_way_ends_the_group_and_no_other(ranks: RankPool, failing: Case) -> None:
-    assert_as_emulated(CASES, ranks.run(_after_a_failure, failing, timeout=TIMEOUT))
+@pytest.mark.parametrize("no_room", [False, True], ids=["encoding", "allocating"])
+@pytest.mark.parametrize(
+    ("call", "failing"), [*((CALLS[case.collective], case) for case in CASES), (_norm, CASES[0]), (_norm, CASES[1])]
+)
+def test_what_fails_on_the_way_ends_the_group_and_no_other(
+    ranks: RankPool, call: Callable[..., Any], failing: Case, no_room: bool
+) -> None:
+    assert_as_emulated(CASES, ranks.run(_after_a_failure, call, failing, no_room, timeout=TIMEOUT))
 
 
 def _through_a_door() -> None:
