@@ -7,8 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: test run lint types unit compat soak clean
 
 # The types are checked beside the tests, some of which wait.
-test: $(READY)
-	$(MAKE) --jobs 3 lint types unit
+test: lint
+	$(MAKE) --jobs 2 types unit
 
 run: $(READY)
 	$(BIN)/python -m examples.demo_lm.run --out runs/demo

@@ -43,7 +43,7 @@ import torch
 from benchmarks import gpu_gemm
 from benchmarks.gpu_worker import nvidia_smi, operations
 from megacomp import codecs
-from megacomp.kernels.launch_config import device_problem, slug
+from megacomp.kernels.launch_config import NO_CACHE, cache_folder, device_problem, slug
 from megacomp.launch import environment, files, kernel_bench
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +143,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     problem = gpu_problem()
+    if problem is None and options.tune and cache_folder("kernels") is None:
+        problem = f"--tune keeps what it finds in the cache, and {NO_CACHE}"
     if problem is not None:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2

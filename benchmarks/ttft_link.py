@@ -164,7 +164,7 @@ def main(
     collective_mib: Annotated[int, typer.Option(min=0, help="Size of the all_reduce alone; 0 for none.")] = 32,
     seconds: Annotated[float, typer.Option(help="For each combination; at least 3 repetitions, at most 25.")] = 6.0,
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Draw TTFT against link speed into this PNG.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw TTFT against link speed into this file.")] = None,
     write: Annotated[Path | None, typer.Option(help="Replace the tables in this markdown file.")] = None,
     given: Annotated[
         Path | None, typer.Option("--from", help="Measure nothing: show, draw and write these results.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -237,9 +237,9 @@ class StaticTables:
         if device not in self._copies:
             # Not made anew, which would wait for the device.
             copied = copy.copy(self)
-            for name, value in vars(self).items():
-                if isinstance(value, torch.Tensor):
-                    object.__setattr__(copied, name, value.to(device))
+            for attribute in fields(self):
+                if isinstance(table := getattr(self, attribute.name), torch.Tensor):
+                    object.__setattr__(copied, attribute.name, table.to(device))
             # Only now: no room on the device, or another thread, must not leave half a copy to be found.
             self._copies[device] = copied
         return self._copies[device]

@@ -72,7 +72,7 @@ def routes_of(config: Config) -> list[Route]:
     """The codecs of a configuration, with their gather codecs, each once."""
     communication = config.communication
     everywhere: list[Communication | Rule] = [communication, *map(communication.resolve, communication.rules)]
-    found = []
+    found: list[Route] = []
     for settings in everywhere:
         if settings.codec is not None:
             gather = settings.gather_codec
@@ -80,7 +80,8 @@ def routes_of(config: Config) -> list[Route]:
                 codecs.get(settings.codec, backend=config.backend),
                 None if gather is None else codecs.get(gather, backend=config.backend),
             )
-            if route not in found:
+            # To name a codec's own as gather codec changes nothing.
+            if all((route.codec, route.second_codec) != (other.codec, other.second_codec) for other in found):
                 found.append(route)
     return found
 

@@ -123,6 +123,8 @@ def kernels(
     on_gpu = torch.cuda.is_available()
     if tune and not on_gpu:
         raise LaunchError("--tune measures launch configurations on a CUDA GPU, and there is none here")
+    if tune and launching.cache_folder("kernels") is None:
+        raise LaunchError(f"--tune keeps what it finds in the cache, and {launching.NO_CACHE}")
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     sizes = mebibytes or ([1, 16, 256] if on_gpu else [16])
     result: dict[str, Any] = {"environment": environment.describe(device), "tuning": [], "cases": []}

@@ -36,6 +36,7 @@ def run(
     The folder takes the place of the checkpoint in `--model` and in `weights.checkpoint`, for this tensor-parallel
     size and either engine.
     """
+    out = out.absolute()  # "." has no name
     convert(checkpoint, tp, out, order.value)
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     command.results().print(f"{out}: {tp} rank{'s' * (tp > 1)}, {written:,} bytes of weights")
@@ -43,7 +44,6 @@ def run(
 
 def convert(checkpoint: Path, tp: int, out: Path, order: Order = "tp_aware") -> None:
     """What the command does. Raises LaunchError; `out` is then as it was."""
-    out = out.absolute()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LaunchError(f"{out} exists and is not an empty folder")
     if not out.parent.is_dir():
@@ -58,8 +58,11 @@ def convert(checkpoint: Path, tp: int, out: Path, order: Order = "tp_aware") -> 
     try:
         _write(checkpoint, tp, staging, order, architecture)
         if out.exists():
-            out.rmdir()
-        staging.rename(out)
+            # It stays the folder it is: somebody may stand in it. The index comes last, for it says that all is there.
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == CONVERTED_INDEX):
+                path.rename(out / path.name)
+        else:
+            staging.rename(out)
     except CheckpointError as error:
         raise LaunchError(str(error)) from None
     finally:

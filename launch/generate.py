@@ -55,10 +55,11 @@ def run(
         tokens = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.int64)
         if tokens.shape[1] < 1:
             raise LaunchError("the prompt is empty")
-    if (length := tokens.shape[1] + max_new_tokens) > architecture.max_positions:
+    # The last one is not read again.
+    if (length := tokens.shape[1] + max_new_tokens - 1) > architecture.max_positions:
         raise LaunchError(
-            f"a prompt of {tokens.shape[1]} tokens and --max-new-tokens {max_new_tokens} make {length}, "
-            f"but the model has positions for {architecture.max_positions}"
+            f"{tokens.shape[1]} tokens of the prompt and --max-new-tokens {max_new_tokens} take {length} positions, "
+            f"but the model has {architecture.max_positions}"
         )
     ranks = ensure_ranks(tp, "megacomp.launch.generate", ranked.arguments(ctx))
 

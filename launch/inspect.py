@@ -36,7 +36,7 @@ def run(
     dtype: command.DtypeOption = command.DtypeName.BF16,
     json_file: command.JsonOption = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw a heat map of feature ranges to this file: .png.")
+        Path | None, typer.Option("--plot", help="Draw a heat map of feature ranges into this file.")
     ] = None,
     sequence_length: command.SequenceLengthOption = None,
     sequences: command.SequencesOption = 32,

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megacomp import config as configuration
 from megacomp.collectives import Route
-from megacomp.kernels.launch_config import NO_CACHE
+from megacomp.kernels.launch_config import NO_CACHE, cache_folder
 from megacomp.launch import autotune, command, distributed, engines, environment, files, kernel_bench, ranked
 from megacomp.launch.errors import LaunchError
 from megacomp.tuning import Key, Plan, Tuning, TuningError, cache_file, plan
@@ -47,7 +47,7 @@ def run(
         Path | None,
         typer.Option("--out", help='Write this file, for "tuning" in the configuration, and not the user\'s cache.'),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw latency against size into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw latency against size into this file.")] = None,
 ) -> None:
     """Find, for each size of message, the fastest way to all_reduce it, and from which size on compression pays.
 
@@ -57,6 +57,8 @@ def run(
     routes = _routes(codec, config)
     files.check_writable(out)
     files.check_figure(plot)
+    if out is None and cache_folder("tuning") is None:
+        raise LaunchError(f"{NO_CACHE}; name a file (--out)")
     if tp is None and distributed.launched_world_size() is None:
         tp = 2
     world_size = distributed.ensure_ranks(tp, "megacomp.launch.tune", ranked.arguments(ctx))
@@ -66,8 +68,7 @@ def run(
     with distributed.process_group(world_size, device), command.progress() as progress:
         key = Key.here(device, world_size)
         path = cache_file(key) if out is None else out
-        if path is None:
-            raise LaunchError(f"{NO_CACHE}; name a file (--out)")
+        assert path is not None  # there is a cache
         sizes = autotune.messages(max_bytes, features, engines.DTYPES[dtype.value])
         task = progress.add_task("sizes and codecs", total=len(sizes) * len(routes))
         ranks = autotune.GroupRanks(None, device)

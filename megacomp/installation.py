@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -75,8 +75,8 @@ class _Active:
         self._undo.close()
         self._weights.close()
 
-    def load_weights(self, model: torch.nn.Module | Iterable[torch.nn.Module], undo: ExitStack) -> None:
-        """Put the configured GPTQ weights in the place of those of `model`, if any are configured.
+    def load_weights(self, models: Sequence[torch.nn.Module], undo: ExitStack) -> None:
+        """Put the configured GPTQ weights in the place of those of `models`, if any are configured.
 
         undo: receives what puts the original layers back; `keep` it.
         Raises CheckpointError, and ConfigError if there is nothing to replace; nothing is replaced then.
@@ -84,7 +84,7 @@ class _Active:
         weights = self.door.config.weights
         if weights.checkpoint is None:
             return
-        for patch in _quantized_layers(weights.checkpoint, weights, _models(model)):
+        for patch in _quantized_layers(weights.checkpoint, weights, models):
             patch.apply()
             undo.callback(patch.undo)
 
@@ -92,9 +92,8 @@ class _Active:
         """Take over what puts original layers back, until `undo`."""
         self._weights.push(undo.pop_all())
 
-    def find(self, model: torch.nn.Module | Iterable[torch.nn.Module]) -> _Found:
+    def find(self, models: Sequence[torch.nn.Module]) -> _Found:
         """What there is to `attach` of models that have been built; ConfigError if `Door.check` finds it unfit."""
-        models = _models(model)
         known = [(framework, model) for model in models for framework in FRAMEWORKS if framework.imported]
         sites = {layer: site for framework, model in known for layer, site in framework.sites(model).items()}
         self.door.check(
@@ -142,7 +141,7 @@ def _models(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn
 def _quantized_layers(checkpoint: str, weights: Weights, models: Iterable[torch.nn.Module]) -> list[LayerPatch]:
     """What puts the weights in the place of those of `models`, which may be parts of one.
 
-    Models without a layer of a framework stay, as a pipeline stage that holds an embedding only does: ConfigError if
+    Models without a layer of a framework stay as they are, such as an embedding beside other parts: ConfigError if
     all of them are such. CheckpointError for weights that cannot be read or do not fit.
     """
     parts: dict[tuple[Framework, tuple[int, int]], list[torch.nn.Module]] = {}
@@ -322,8 +321,9 @@ def _install(
             section = read_section()
             active = _registry.find(section, observer)
             if model is not None:
-                active.load_weights(model, undo)
-                found = active.find(model)
+                models = _models(model)
+                active.load_weights(models, undo)
+                found = active.find(models)
             elif section.weights.checkpoint is not None and not weights_follow:
                 why = "weights are loaded into a model: install(..., model=model), or megacomp.init_inference"
                 raise ConfigError([(f"{SECTION}.weights.checkpoint", why)])

@@ -365,6 +365,7 @@ class Tunings:
         if what not in self._missing:
             self._missing[what] = why
             command = "megacomp tune" + (f" --tp {world_size}" if world_size else "")
+            command += " --out FILE" if cache_folder("tuning") is None else ""
             _log.warning('"tuned" for %s falls back on the defaults: %s; `%s` measures it', what, why, command)
 
     def _read(self) -> None:

@@ -84,7 +84,7 @@ class Framework(ABC):
 
     @abstractmethod
     def elsewhere(self, models: Sequence[torch.nn.Module]) -> tuple[str, ...]:
-        """How names of a checkpoint's linears begin that are in the same model as `models`, but in other processes."""
+        """Prefixes of the names, as in a checkpoint, of linears of the same model that other processes hold."""
 
     @abstractmethod
     def quantized_layer(

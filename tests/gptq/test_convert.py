@@ -132,7 +132,9 @@ def test_into_the_folder_one_is_in(checkpoint: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(inside)
     result = _call("convert", "--checkpoint", checkpoint, "--tp", 2, "--out", ".")
     assert result.exit_code == 0, result.output
-    assert {"config.json", "model.safetensors"} < {path.name for path in inside.iterdir()}
+    assert Path.cwd() == inside and {"config.json", "model.safetensors"} < {path.name for path in Path().iterdir()}
+    written = sum(path.stat().st_size for path in inside.glob("*.safetensors"))
+    assert f"2 ranks, {written:,} bytes of weights" in " ".join(result.output.split())
     assert list(tmp_path.iterdir()) == [inside]
 
 

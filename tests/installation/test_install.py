@@ -197,7 +197,7 @@ def test_a_failure_half_way_is_rolled_back(toy: ModuleType, monkeypatch: pytest.
 
 def test_sites_and_bypasses_of_models_are_reported(toy: ModuleType) -> None:
     models = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), torch.nn.Bilinear(2, 2, 2)]
-    with megacomp.install(MXFP4, model=models) as installation:
+    with megacomp.install(MXFP4, model=iter(models)) as installation:
         report = installation.report()
     assert list(report.sites) == ["layers.0.mlp", "layers.1.mlp"]
     assert report.not_covered == {"": "a bypass"}

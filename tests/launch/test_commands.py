@@ -150,7 +150,7 @@ def test_simulated_ranks_are_for_one_process(folder: Path, monkeypatch: pytest.M
         ("eval --tokens {}/tokens.npy --sequence-length 17", "--sequence-length 17, but"),
         ("eval --text {}/text.txt --sequence-length 129", "129 tokens, but the model has positions for 128"),
         ("eval --tokens {}/long.npy", "129 tokens, but the model has positions for 128"),
-        ("generate --prompt w1 --max-new-tokens 128", "make 129, but the model has positions for 128"),
+        ("generate --prompt w1 --max-new-tokens 129", "take 129 positions, but the model has 128"),
         ("eval --tokens {}/tokens.npy --json {}", "is a folder; give the name of a file"),
         ("eval --tokens {}/tokens.npy --logits-out {}/no/file", "there is no folder"),
         ("eval --tokens {}/tokens.npy --config {}/bad.json", "megacomp.communication.codec: unknown preset"),

@@ -165,7 +165,8 @@ def _command(arguments: list[str], cache: str | None) -> tuple[int, str]:
     """cache: where it lies; None for a user without one."""
     with pytest.MonkeyPatch.context() as patch:
         if cache is None:
-            patch.setattr("megacomp.tuning.cache_folder", lambda name: None)
+            for module in ("megacomp.tuning", "megacomp.launch.tune"):
+                patch.setattr(f"{module}.cache_folder", lambda name: None)
         else:
             patch.setenv("XDG_CACHE_HOME", cache)
         result = CliRunner().invoke(cli.app, ["tune", *arguments])
