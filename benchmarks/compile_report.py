@@ -39,6 +39,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.markdown import check_table, replace_table
 from megacomp import codecs
 from megacomp.launch import files, ranked
+from megacomp.launch.errors import LaunchError
 from megacomp.launch.made_up import with_tables
 from megacomp.version import __version__
 
@@ -233,6 +234,15 @@ def describe(launch: Launch, values: int) -> dict[str, Any]:
     }
 
 
+def _operation(text: str) -> tuple[str, int]:
+    """ "decode_sum:4" as the operation and the wires it reads; LaunchError for what is none."""
+    name, _, peers = text.partition(":")
+    known = dict(OPERATIONS)
+    if name not in known or not (peers or "1").isdecimal() or int(peers or 1) < 1:
+        raise LaunchError(f"--operation {text}: give {', '.join(known)}, with a number of wires after a colon")
+    return name, int(peers or 1)
+
+
 def _spec(codec: str) -> Any:
     return json.loads(codec) if codec.startswith("{") else codec
 
@@ -357,10 +367,7 @@ def main(
     """Compiles every case and prints a table."""
     files.check_writable(out)
     check_table(write, MODULE)
-    operations = OPERATIONS
-    if operation:
-        pairs = (name.partition(":") for name in operation)
-        operations = tuple((name, int(peers or 1)) for name, _, peers in pairs)
+    operations = [_operation(text) for text in operation] if operation else OPERATIONS
     specs = codec or [spec if isinstance(spec, str) else json.dumps(spec) for spec in CODECS]
     kernels = reports(
         [

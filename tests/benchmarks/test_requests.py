@@ -40,5 +40,10 @@ def test_tables_that_could_not_be_written(name: str, tmp_path: Path) -> None:
     assert said(name, "--write", str(tmp_path)).startswith(f"error: {tmp_path} is a folder")
 
 
+@pytest.mark.parametrize("operation", ["decode", "decode_sum:x", "decode_sum:0", "decode_sum:²"])
+def test_operations_that_are_none(operation: str) -> None:
+    assert said("compile_report", "--operation", operation).startswith(f"error: --operation {operation}: give encode, ")
+
+
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     assert said("quality", "--data", str(tmp_path)) == f"error: no model {tmp_path / 'stories260K'}"

@@ -295,6 +295,12 @@ def test_a_case_is_timed_and_what_it_wrote_is_checked(pretend_gpu, kernels_are, 
     failed = kernel_bench.time_case(case, CPU, 1)
     assert failed["error"].startswith("OutOfMemoryError: ") and failed["median_us"] is None
     assert gpu.failures({"checks": [], "cases": [failed], "small": [], "errors": []}) == []
+    # What a GEMM was to be compared with may need memory that is not there.
+    gemm = {"model": "M", "ranks": 2, "linear": "up", "rows": 1, "error": f"bf16: {failed['error']}"}
+    result = {"checks": [], "gemms": [gemm], "products": [], "mlps": [], "errors": []}
+    assert gpu.failures({"checks": [], "cases": [], "small": [], "errors": [], "gemm": result}) == []
+    gemm["error"] = "bf16: RuntimeError: no"
+    assert len(gpu.failures({"checks": [], "cases": [], "small": [], "errors": [], "gemm": result})) == 1
 
 
 def test_tuning_checks_every_candidate_and_keeps_the_fastest(pretend_gpu, kernels_are, monkeypatch):
