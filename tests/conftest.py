@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports triton: its interpreter then runs the kernels, on the CPU. TRITON_INTERPRET=0 has them
 # compiled, where there is a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from rank_pool import RankPool
+
+# An example that compiles, or one on a busy machine, takes as long as it takes.
+settings.register_profile("megacomp", deadline=None)
+settings.load_profile("megacomp")
 
 
 @pytest.fixture(scope="session")
