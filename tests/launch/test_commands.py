@@ -329,9 +329,11 @@ def test_json_files_are_json(tmp_path: Path) -> None:
 
 def test_run_refuses_before_the_script_starts(scripts: Path) -> None:
     (scripts / "bad.json").write_text('{"megacomp": "auto"}')
+    (scripts / "weights.json").write_text(json.dumps({"megacomp": {"weights": {"checkpoint": str(scripts)}}}))
     for arguments, message in (
         (("--config", scripts / "bad.json", scripts / "script.py"), "megacomp"),
         ((scripts / "none.py",), "no file"),
+        (("--config", scripts / "weights.json", scripts / "script.py"), "megacomp.weights.checkpoint"),
     ):
         result = _call("run", *arguments)
         assert result.exit_code == 2 and message in result.output and "argv" not in result.output
