@@ -29,6 +29,13 @@ def ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a process that no launcher started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without a home folder, as in a container that runs under a bare user id."""
 

@@ -23,13 +23,9 @@ from megacomp.launch import cli, engines
 from megacomp.launch.convert import convert
 from megacomp.launch.errors import LaunchError
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 DATA = ("gptq-v1-bytellama-h256-g32-sym", "ct-bytellama-h256-g32-asym")
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

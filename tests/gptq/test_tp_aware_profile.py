@@ -85,11 +85,9 @@ def test_the_mlps_of_the_engines(ranks: RankPool, tmp_path: Path, engine: str) -
         assert seen == {"c10d::allreduce_": 1}
 
 
-def test_the_benchmark_records_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_records_what_it_measures(tmp_path: Path, no_launcher: None) -> None:
     from benchmarks import tp_dequant
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     out = tmp_path / "out.json"
     arguments = ["--tp", "1", "--scale", "16", "--repeats", "1", "--out", str(out)]
     result = CliRunner().invoke(tp_dequant.app, arguments)

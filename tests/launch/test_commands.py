@@ -20,13 +20,9 @@ from megacomp import codecs
 from megacomp.launch import bench, cli, command, files
 from megacomp.launch import eval as eval_command
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 CONFIG = {"megacomp": {"backend": "reference", "communication": {"codec": "int8", "min_bytes": 0}}}
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
