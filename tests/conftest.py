@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports triton: its interpreter then runs the kernels, on the CPU. TRITON_INTERPRET=0 has them
 # compiled, where there is a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from rank_pool import RankPool
+
+# An example that compiles, or one on a busy machine, takes as long as it takes.
+settings.register_profile("megacomp", deadline=None)
+settings.load_profile("megacomp")
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +26,13 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a process that no launcher started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

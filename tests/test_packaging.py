@@ -18,16 +18,21 @@ def test_the_wheel_carries_every_package_under_megacomp(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    # As measurements of a GPU would ship; there may be none yet.
+    (source / "kernels" / "measured").mkdir(exist_ok=True)
+    (source / "kernels" / "measured" / "some-gpu.json").write_text("{}")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(pip, check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        installed = {name for name in archive.namelist() if name.endswith(".py")}
+        installed = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {
-        (path.relative_to(ROOT) if name == "megacomp" else "megacomp" / path.relative_to(ROOT)).as_posix()
+        (path.relative_to(source) if name == "megacomp" else "megacomp" / path.relative_to(source)).as_posix()
         for name in SOURCES
-        for path in (ROOT / name).rglob("*.py")
+        for pattern in ("*.py", "*.json", "py.typed")
+        for path in (source / name).rglob(pattern)
     }
+    assert {"megacomp/py.typed", "megacomp/kernels/measured/some-gpu.json"} < expected
     assert installed == expected
     # -S leaves out the editable install of this environment; its dependencies are added back behind the wheel.
     path = os.pathsep.join([str(wheel), *(entry for entry in sys.path if entry.endswith("site-packages"))])

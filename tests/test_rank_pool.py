@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -50,9 +51,9 @@ def _leave_deepspeed_state() -> None:
     import deepspeed
     from deepspeed.utils import groups
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
-    groups._init_tp_mesh_device(tensor_model_parallel_size=2)
+    with mock.patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False):
+        deepspeed.init_distributed("gloo", verbose=False)
+        groups._init_tp_mesh_device(tensor_model_parallel_size=2)
 
 
 def _deepspeed_state_left() -> bool:

@@ -17,7 +17,7 @@ from rank_pool import RankPool
 import megacomp
 from megacomp import codecs
 from megacomp.agreement import differences
-from megacomp.collectives import Route
+from megacomp.collectives import Collective, Route
 from megacomp.config import ConfigError, load
 from megacomp.door import Door
 from megacomp.policy import Decline, Policy, Site
@@ -237,7 +237,7 @@ def test_without_a_home_there_is_no_cache(no_home: None, caplog: pytest.LogCaptu
     policy = Policy(load(section(min_bytes="tuned"))[0])
     assert isinstance(policy.decide(SITE, "all_reduce", 4096, FEATURES, torch.bfloat16, 2), Route)
     assert policy.tunings is not None and "no home folder" in policy.tunings.describe()["2 ranks"]
-    assert all("no home folder" in message for message in caplog.messages)
+    assert caplog.messages and all("no home folder" in message for message in caplog.messages)
 
 
 def test_other_versions_count_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -287,23 +287,25 @@ def section(**communication: Any) -> dict[str, Any]:
     return {"megacomp": {"communication": {"codec": "int8"} | communication, "backend": "reference"}}
 
 
-def decide(policy: Policy, size: int, world_size: int = 2) -> Route | Decline:
+def decide(policy: Policy, size: int, world_size: int = 2, collective: Collective = "all_reduce") -> Route | Decline:
     rows = size // FEATURES // 2
-    return policy.decide(SITE, "all_reduce", rows, FEATURES, torch.bfloat16, world_size)
+    return policy.decide(SITE, collective, rows, FEATURES, torch.bfloat16, world_size)
 
 
 TUNED = {"min_bytes": "tuned", "algorithm": "tuned", "pipeline_chunks": "tuned"}
 
 
-def ways(policy: Policy, sizes: list[int]) -> list[Any]:
-    outcomes = [decide(policy, size) for size in sizes]
+def ways(policy: Policy, sizes: list[int], collective: Collective = "all_reduce") -> list[Any]:
+    outcomes = [decide(policy, size, collective=collective) for size in sizes]
     return [(o.algorithm, o.pipeline_chunks) if isinstance(o, Route) else o for o in outcomes]
 
 
-def test_a_policy_goes_by_the_file_it_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "all_gather"])
+def test_a_policy_goes_by_the_file_it_names(tmp_path: Path, collective: Collective) -> None:
     path = write(tuning(WAYS), tmp_path / "tuning.json")
-    policy = Policy(load(section(**TUNED, tuning=str(path)))[0])
-    assert ways(policy, [8 * KIB, 16 * KIB, 32 * KIB, 33 * KIB, 256 * KIB, 1024 * KIB]) == [
+    more = {"collectives": [collective], "tuning": str(path)}
+    policy = Policy(load(section(**TUNED, **more))[0])
+    assert ways(policy, [8 * KIB, 16 * KIB, 32 * KIB, 33 * KIB, 256 * KIB, 1024 * KIB], collective) == [
         Decline.BELOW_MIN_BYTES,
         ("one_shot", 1),
         ("one_shot", 1),
@@ -311,8 +313,29 @@ def test_a_policy_goes_by_the_file_it_names(tmp_path: Path) -> None:
         ("two_shot", 4),
         ("two_shot", 4),
     ]
-    partly = Policy(load(section(min_bytes=0, algorithm="tuned", tuning=str(path)))[0])
-    assert ways(partly, [KIB, 256 * KIB]) == [("one_shot", "auto"), ("one_shot", "auto")]
+    partly = Policy(load(section(min_bytes=0, algorithm="tuned", **more))[0])
+    assert ways(partly, [KIB, 256 * KIB], collective) == [("one_shot", "auto"), ("one_shot", "auto")]
+
+
+def test_a_rule_alone_goes_by_the_file(tmp_path: Path) -> None:
+    one_shot = {8: 200.0, 16: 20.0, 64: 50.0, 256: 80.0}
+    measured = {
+        size * KIB: {None: 100.0, ("one_shot", 1): us, ("two_shot", 1): 40.0 if size > 8 else 200.0}
+        for size, us in one_shot.items()
+    }
+    path = write(tuning(times("int8", measured)), tmp_path / "tuning.json")
+
+    def found(**rule: Any) -> list[Any]:
+        more = {"min_bytes": 32 * KIB, "pipeline_chunks": 1, "tuning": str(path)}
+        policy = Policy(load(section(**more, rules=[{"module": "mlp", **rule}]))[0])
+        other = policy.decide(Site("layers.0.attention", "attention", 0, 2), "all_reduce", 24, 512, torch.bfloat16, 2)
+        assert other is Decline.BELOW_MIN_BYTES, "the section itself is not tuned"
+        return ways(policy, list(measured))
+
+    below, fastest = Decline.BELOW_MIN_BYTES, [("one_shot", 1), ("two_shot", 1), ("two_shot", 1)]
+    assert found(min_bytes="tuned", algorithm="tuned") == [below, *fastest]
+    assert found(algorithm="tuned") == [below, below, *fastest[1:]]
+    assert found(min_bytes="tuned", algorithm="two_shot") == [below, *[("two_shot", 1)] * 3]
 
 
 def test_where_compression_never_pays_nothing_is_compressed(tmp_path: Path) -> None:

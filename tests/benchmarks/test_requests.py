@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 WRITERS = ("codec_quality", "compile_report", "planning_published", "quality", "ttft_link")
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
 def said(name: str, *arguments: str) -> str:

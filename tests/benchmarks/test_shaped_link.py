@@ -89,8 +89,9 @@ def test_an_interrupted_program_cleans_up(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     program = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
+        deadline = time.monotonic() + 60
         while not all((tmp_path / rank).exists() for rank in "01"):
-            assert program.poll() is None
+            assert program.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=30) != 0

@@ -27,7 +27,7 @@ def in_two_steps(codec, wires, features, gather_codec):
     return gather_codec.encode(codec.decode_sum(wires, features, torch.float32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     spec=st.sampled_from(SPECS),
     gather_spec=st.sampled_from(SPECS),

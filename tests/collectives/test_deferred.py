@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from rank_pool import RankPool
 
 from megacomp import codecs, collectives
-from megacomp.collectives import DeferredPartial, Route, SimulatedRanks, materialized
+from megacomp.collectives import DeferredPartial, Route, SimulatedRanks, hops, materialized
+from megacomp.collectives.links import CollectiveLink, link_for
 from megacomp.config import load
 from megacomp.door import Door
 from megacomp.policy import Site
@@ -120,7 +123,16 @@ CALLS: dict[str, Any] = {
 }
 
 
-def _collectives() -> dict[str, Any]:
+def _over_collectives(peers: Any, device: torch.device, channel: int) -> CollectiveLink:
+    return CollectiveLink(peers)
+
+
+def _collectives(link: Callable[..., Any]) -> dict[str, Any]:
+    with mock.patch.object(hops, "link_for", link):
+        return _taken()
+
+
+def _taken() -> dict[str, Any]:
     codec = codecs.get("mxfp4", backend="reference")
     found = {}
     for name, call in CALLS.items():
@@ -135,15 +147,16 @@ def _collectives() -> dict[str, Any]:
     return found
 
 
-def test_collectives_take_it_to_the_wire(ranks: RankPool) -> None:
-    first, second = ranks.run(_collectives)
+# Between pairs every owner's rows are encoded for themselves; to a collective goes the wire of the whole product.
+@pytest.mark.parametrize(("link", "parts"), [(link_for, "tensor"), (_over_collectives, "wire")], ids=["pairs", "whole"])
+def test_collectives_take_it_to_the_wire(ranks: RankPool, link: Callable[..., Any], parts: str) -> None:
+    first, second = ranks.run(_collectives, link)
     assert all(equal for equal, _ in (*first.values(), *second.values()))
     taken = {name: taken for name, (_, taken) in first.items()}
-    # Over gloo every owner's rows are encoded for themselves.
     assert taken == {
         "one_shot": ["wire"],
-        "two_shot": ["tensor"],
-        "reduce_scatter": ["tensor"],
+        "two_shot": [parts],
+        "reduce_scatter": [parts],
         "norm": ["wire"],
         "plain": ["tensor"],
     }

@@ -67,7 +67,7 @@ def _mlp(
     return total
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(mlps())
 def test_mlps_of_any_order_and_size(mlp: tuple[list[models.Linear], models.Linear, int]) -> None:
     ups, down, ranks = mlp
@@ -119,7 +119,7 @@ def test_without_the_permutation_the_result_is_wrong() -> None:
     assert (forward(order, False) - expected).norm() > 0.2 * expected.norm()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 5), st.sampled_from([8, 32, -1]), st.integers(0, 2**20))
 def test_a_share_of_heads_is_sorted_locally(ranks: int, words: int, group_size: int, seed: int) -> None:
     # The output projection: features stay on their rank, in whatever number of groups they are.

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import quantized_models as models
@@ -30,39 +31,33 @@ def _profiled(forward: Any) -> dict[str, int]:
     return {name: counts[name] for name in (*GATHERS, *COLLECTIVES) if counts[name]}
 
 
+@mock.patch.object(dequant_gemm, "COMPILED_MIN_VALUES", 0)
 def _schemes() -> dict[str, dict[str, int]]:
     from benchmarks import tp_dequant
 
-    dequant_gemm.COMPILED_MIN_VALUES = 0
-    try:
-        up = tp_dequant.Linear.random(256, 512, 32, seed=1)
-        down = tp_dequant.Linear.random(512, 256, 32, seed=2)
-        x = torch.randn(100, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-        seen, results = {}, {}
-        for name, scheme in tp_dequant.SCHEMES.items():
-            mlp = scheme(up, down, torch.distributed.get_rank(), torch.distributed.get_world_size())
-            with torch.inference_mode():
-                results[name] = mlp.forward(x).float()
-            seen[name] = _profiled(lambda mlp=mlp: mlp.forward(x))
-        for result in results.values():
-            assert (result - results["bf16"]).norm() < 0.02 * results["bf16"].norm()
-        return seen
-    finally:
-        dequant_gemm.COMPILED_MIN_VALUES = 2**20
+    up = tp_dequant.Linear.random(256, 512, 32, seed=1)
+    down = tp_dequant.Linear.random(512, 256, 32, seed=2)
+    x = torch.randn(100, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    seen, results = {}, {}
+    for name, scheme in tp_dequant.SCHEMES.items():
+        mlp = scheme(up, down, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        with torch.inference_mode():
+            results[name] = mlp.forward(x).float()
+        seen[name] = _profiled(lambda mlp=mlp: mlp.forward(x))
+    for result in results.values():
+        assert (result - results["bf16"]).norm() < 0.02 * results["bf16"].norm()
+    return seen
 
 
+@mock.patch.object(dequant_gemm, "COMPILED_MIN_VALUES", 0)
 def _engine_mlp(folder: Path, engine: str) -> dict[str, int]:
-    dequant_gemm.COMPILED_MIN_VALUES = 0
-    try:
-        with engines.build(folder, engine, tp=torch.distributed.get_world_size(), dtype=torch.float32) as built:
-            module: Any = built.module
-            mlp = module.model.layers[0].mlp if engine == "deepspeed" else module.decoder.layers[0].mlp
-            x = torch.randn(4, 3, 64)
-            with torch.inference_mode():
-                mlp(x)
-            return _profiled(lambda: mlp(x))
-    finally:
-        dequant_gemm.COMPILED_MIN_VALUES = 2**20
+    with engines.build(folder, engine, tp=torch.distributed.get_world_size(), dtype=torch.float32) as built:
+        module: Any = built.module
+        mlp = module.model.layers[0].mlp if engine == "deepspeed" else module.decoder.layers[0].mlp
+        x = torch.randn(4, 3, 64)
+        with torch.inference_mode():
+            mlp(x)
+        return _profiled(lambda: mlp(x))
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +85,9 @@ def test_the_mlps_of_the_engines(ranks: RankPool, tmp_path: Path, engine: str) -
         assert seen == {"c10d::allreduce_": 1}
 
 
-def test_the_benchmark_records_what_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_records_what_it_measures(tmp_path: Path, no_launcher: None) -> None:
     from benchmarks import tp_dequant
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     out = tmp_path / "out.json"
     arguments = ["--tp", "1", "--scale", "16", "--repeats", "1", "--out", str(out)]
     result = CliRunner().invoke(tp_dequant.app, arguments)

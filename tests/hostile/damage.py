@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 fuzz = settings(
     max_examples=int(os.environ.get("MEGACOMP_FUZZ_EXAMPLES", "60")),
     derandomize=True,
-    deadline=None,
     database=None,
     # Folders of fixtures are written anew by every example, or only read.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -37,6 +37,25 @@ SECTION: dict[str, Any] = {
     "guard": {"every": 100, "min_sqnr_db": 15},
     "backend": "reference",
 }
+"""Names files that are not there, so nothing of it can be followed; what is read of it is everything there is."""
+
+VALID: dict[str, Any] = {
+    **SECTION,
+    "communication": {
+        "codec": SECTION["communication"]["codec"],
+        "gather_codec": SECTION["communication"]["gather_codec"],
+        "algorithm": "two_shot",
+        "min_bytes": 256,
+        "collectives": ["all_reduce", "all_gather"],
+        "pipeline_chunks": 4,
+        "rules": [
+            {"layers": "0-3,-1", "module": "mlp", "codec": {"format": "int", "bits": 8}, "min_bytes": 1024},
+            {"codec": {"preset": "mxfp4"}, "gather_codec": None, "algorithm": "one_shot", "max_bytes": 1048576},
+        ],
+    },
+}
+"""Every kind of setting that asks for no file."""
+
 WORDS = st.sampled_from(
     [
         "auto",
@@ -62,6 +81,34 @@ OPTIONS = st.dictionaries(
     | VALUES,
     max_size=4,
 )
+FITTING = st.sampled_from(
+    [
+        *(
+            None,
+            0,
+            1,
+            3,
+            64,
+            4096,
+            10**30,
+            "mlp",
+            "attention",
+            "0,-1",
+            "2-",
+            "all",
+            "int4",
+            "nvfp4",
+            "auto",
+            "two_shot",
+        ),
+        *(
+            {"preset": "int5", "rotation": 32},
+            {"format": "mx", "element": "fp4_e2m1", "block_size": 8, "scale": "bf16"},
+        ),
+        *([], ["reduce_scatter"], [{"codec": None}], [{"layers": "1", "codec": "int8"}, {"max_bytes": 2**16}]),
+    ]
+)
+"""What some place of a section may well hold."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +132,15 @@ def _check(error: ConfigError, source: Any) -> None:
     str(error).encode()
 
 
-def use(config: Config) -> None:
-    """Whatever is accepted can be compared, written down and followed."""
+def use(config: Config) -> bool:
+    """Whatever is accepted can be compared, written down and followed; whether no file it names was in the way."""
     again = load({"megacomp": json.loads(json.dumps(config.canonical()))})[0]
     assert again.digest() == config.digest()
     try:
         policy = Policy(config)
     except ConfigError as error:
         _check(error, {})
-        return
+        return False
     for layer, rows in ((0, 1), (3, 64), (None, 4096)):
         site = Site(f"layers.{layer}.mlp", "mlp", layer, None if layer is None else 4)
         outcome = policy.decide(site, "all_reduce", rows, 128, torch.bfloat16, 2)
@@ -103,12 +150,16 @@ def use(config: Config) -> None:
                 outcome, rows, 128, torch.bfloat16, rank=0, world_size=2, collective="all_reduce"
             )
             assert traffic.sent > 0
+    return True
 
 
+@pytest.mark.parametrize(("original", "followed"), [(SECTION, False), (VALID, True)], ids=["files missing", "valid"])
 @fuzz
-@given(edited(SECTION, VALUES | WORDS | OPTIONS))
-def test_a_section_with_parts_of_it_changed(section: Any) -> None:
-    if (config := loaded({"megacomp": section})) is not None:
+@given(data=st.data())
+def test_a_section_with_parts_of_it_changed(original: dict[str, Any], followed: bool, data: st.DataObject) -> None:
+    config = loaded({"megacomp": original})
+    assert config is not None and use(config) is followed
+    if (config := loaded({"megacomp": data.draw(edited(original, VALUES | WORDS | OPTIONS | FITTING))})) is not None:
         use(config)
 
 

@@ -110,16 +110,17 @@ def test_wires_of_other_sizes(family: str, shape: list[int], dtype: torch.dtype,
 def test_truncated_and_misaligned_wires(family: str) -> None:
     codec = _codec(family)
     good = _wires(codec)
-    for bad in (
-        good[..., :-8],
-        good[..., :-1],
-        good[:0],
-        good[0],
-        torch.cat([good, good], -1),
-        good.transpose(0, 1).transpose(1, 2),
-        torch.zeros(good.numel() + 1, dtype=torch.uint8)[1:].view(good.shape),
+    size, peers, rows = "wires must be uint8", "wires of all peers are", "rows that start at multiples of 8 bytes"
+    for bad, message in (
+        (good[..., :-8], size),
+        (good[..., :-1], size),
+        (good[:0], peers),
+        (good[0], peers),
+        (torch.cat([good, good], -1), size),
+        (good.transpose(0, 1).transpose(1, 2), size),
+        (torch.zeros(good.numel() + 1, dtype=torch.uint8)[1:].view(good.shape), rows),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             codec.decode_sum(bad, FEATURES, torch.float32)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             codec.decode_sum_encode(bad, FEATURES, codecs.get("int8"))

@@ -1,9 +1,10 @@
-"""The door knows where it was called from: per thread, per coroutine, and not after it was closed."""
+"""The door knows where it was called from: per thread and context, and not after it was closed."""
 
 from __future__ import annotations
 
-import asyncio
+import contextvars
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,28 +46,37 @@ def _threads() -> dict[str, Any]:
     return _declined(door)
 
 
-def _coroutines() -> dict[str, Any]:
+def _carried_on() -> dict[str, Any]:
+    """A layer that has its reduction done on another thread, as asyncio.to_thread does, by a copy of its context."""
     door, layers = _door(2)
 
-    async def serve(layer: torch.nn.Module) -> None:
-        def forward(layer: torch.nn.Module) -> None:
-            door("all_reduce", torch.ones(2, 8), dist.group.WORLD)
+    def reduce() -> None:
+        door("all_reduce", torch.ones(2, 8), dist.group.WORLD)
 
-        await asyncio.sleep(0)
-        door.inside(layer, forward)
-        await asyncio.sleep(0)
+    def forward(layer: torch.nn.Module) -> None:
+        carried = contextvars.copy_context()
+        # Whichever thread it is, and wherever this one goes meanwhile.
+        door.inside(layers[1], lambda _: _in_thread(carried.run, reduce))
 
-    async def both() -> None:
-        await asyncio.gather(*map(serve, layers))
-
-    asyncio.run(both())
-    return _declined(door)
+    door.inside(layers[0], forward)
+    _in_thread(reduce)
+    return {**_declined(door), "outside": door.telemetry.outside}
 
 
-def test_threads_and_coroutines_are_at_their_own_sites(ranks: RankPool) -> None:
+def _in_thread(function: Callable[..., None], *args: Any) -> None:
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    thread.join()
+
+
+def test_threads_are_at_their_own_sites(ranks: RankPool) -> None:
     once_each = {"layers.0.mlp": {"single_rank": 1}, "layers.1.mlp": {"single_rank": 1}}
     assert ranks.run(_threads, world_size=1) == [once_each]
-    assert ranks.run(_coroutines, world_size=1) == [once_each]
+
+
+def test_a_context_takes_its_site_along(ranks: RankPool) -> None:
+    found = {"layers.0.mlp": {"single_rank": 1}, "layers.1.mlp": {}, "outside": 1}
+    assert ranks.run(_carried_on, world_size=1) == [found]
 
 
 def _nested() -> dict[str, Any]:

@@ -221,6 +221,32 @@ def test_groups_of_one_site_are_judged_apart(ranks: RankPool) -> None:
         assert whole == [True] * STEPS
 
 
+def _gathered() -> tuple[list[bool], GuardSamples]:
+    """Whether each of four activations came compressed; of the third, the last rank's part is more than int4 takes."""
+    assert dist.group.WORLD is not None
+    communication = {"codec": "int4", "min_bytes": 0, "collectives": ["all_gather"]}
+    section = {"communication": communication, "guard": {"every": 1, "min_sqnr_db": 18}, "backend": "reference"}
+    door, layer, rank = Door(load({"megacomp": section})[0]), torch.nn.Identity(), dist.get_rank()
+    door.learn({layer: Site(NAMES[0])})
+    compressed = []
+    for step in range(4):
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(10 * step + rank))
+        if (step, rank) == (2, 1):
+            x[:, ::32] = 12
+        with torch.no_grad():
+            got = door.inside(layer, lambda _, x=x: door("all_gather", x, dist.group.WORLD))
+        compressed.append(got is not None)
+    return compressed, door.telemetry.sites[NAMES[0]].guard
+
+
+def test_activations_that_are_gathered_are_judged_too(ranks: RankPool) -> None:
+    one, other = ranks.run(_gathered)
+    assert one == other and one[0] == [True, True, False, False]
+    samples = one[1]
+    assert samples.samples == 3 and samples.last_sqnr_db is not None
+    assert samples.switched_off == f"SQNR {samples.last_sqnr_db:.1f} dB, the bound is 18 dB"
+
+
 def _judge(exact: list[float], result: list[float], dtype: torch.dtype) -> Verdict | None:
     assert dist.group.WORLD is not None
     guard = Guard(Settings(every=1, min_sqnr_db=20))

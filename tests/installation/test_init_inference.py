@@ -53,7 +53,7 @@ def test_a_whole_deepspeed_configuration_works_unchanged(ranks: RankPool, tmp_pa
     assert first["calls"] == {f"layers.{i}.{module}": 1 for i in range(LAYERS) for module in ("attention", "mlp")}
 
 
-def test_without_a_section_it_is_deepspeeds_own(ranks: RankPool, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_section_it_is_deepspeeds_own(ranks: RankPool) -> None:
     first, _ = ranks.run(_engine_of, None, None)
     assert not first["changed"] and first["restored"] and first["calls"] == {}
 

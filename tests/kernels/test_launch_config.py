@@ -193,7 +193,7 @@ def test_a_users_own_measurements_go_before_shipped_ones(gpu):
     assert launch(8192) == own
 
 
-def test_files_are_read_once(gpu, monkeypatch):
+def test_files_are_read_once(gpu):
     record(8192)
     launch(8192)
     gpu.unlink()

@@ -88,7 +88,7 @@ def test_every_format_on_every_kind_of_row(format: StaticFormat) -> None:
 
 
 @interpreted
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     bits=st.integers(2, 8),
     outliers=st.sampled_from([0, 1, 5, 0.0125, 0.3, 0.99]),

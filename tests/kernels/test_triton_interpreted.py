@@ -73,7 +73,7 @@ def test_every_format_on_every_kind_of_row(spec):
     assert_passes_on(spec, wires, features, spec)
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(
     spec=st.sampled_from(SPECS),
     dtype=st.sampled_from(DTYPES),
@@ -114,7 +114,7 @@ def test_tiles_of_every_kind(spec):
             assert_passes_on(spec, wires, features, spec)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     spec=st.sampled_from(SPECS),
     gather_spec=st.sampled_from(SPECS),

@@ -20,13 +20,9 @@ from megacomp import codecs
 from megacomp.launch import bench, cli, command, files
 from megacomp.launch import eval as eval_command
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 CONFIG = {"megacomp": {"backend": "reference", "communication": {"codec": "int8", "min_bytes": 0}}}
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -329,9 +325,11 @@ def test_json_files_are_json(tmp_path: Path) -> None:
 
 def test_run_refuses_before_the_script_starts(scripts: Path) -> None:
     (scripts / "bad.json").write_text('{"megacomp": "auto"}')
+    (scripts / "weights.json").write_text(json.dumps({"megacomp": {"weights": {"checkpoint": str(scripts)}}}))
     for arguments, message in (
         (("--config", scripts / "bad.json", scripts / "script.py"), "megacomp"),
         ((scripts / "none.py",), "no file"),
+        (("--config", scripts / "weights.json", scripts / "script.py"), "megacomp.weights.checkpoint"),
     ):
         result = _call("run", *arguments)
         assert result.exit_code == 2 and message in result.output and "argv" not in result.output

@@ -16,10 +16,9 @@ from megacomp.launch.errors import LaunchError
 
 
 @pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def bare(no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No launcher's environment."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return monkeypatch
 
 

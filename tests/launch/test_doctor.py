@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pkgutil
 import socket
@@ -41,8 +42,8 @@ Legend:
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+def bare(no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -101,15 +102,21 @@ def test_the_apex_of_pypi_is_recognised(
 
 def test_every_symbol_is_looked_up_and_nothing_is_patched() -> None:
     config = _config(collectives=["all_reduce", "all_gather"])
+    paths = {}
+    for framework in FRAMEWORKS:
+        if diagnosis.installed(framework.name):
+            importlib.import_module(framework.module)
+            paths[framework.name] = [patch.path for patch in framework.patches(Door(config))]
+    assert paths
+    originals = {path: pkgutil.resolve_name(path) for each in paths.values() for path in each}
     found = {finding.subject: finding for finding in diagnosis.frameworks(config)}
+    assert all(pkgutil.resolve_name(path) is original for path, original in originals.items())
+    for name, its in paths.items():
+        assert found[name].verdict is Verdict.FINE
+        assert found[name].details == tuple(f"{path}: there" for path in its)
     # The others are named as what they are: not installed.
-    for framework in (one for one in FRAMEWORKS if "not installed" not in found[one.name].found):
-        paths = [patch.path for patch in framework.patches(Door(config))]
-        assert found[framework.name].verdict is Verdict.FINE
-        assert found[framework.name].details == tuple(f"{path}: there" for path in paths)
-        originals = [pkgutil.resolve_name(path) for path in paths]
-        diagnosis.frameworks(config)
-        assert all(pkgutil.resolve_name(path) is original for path, original in zip(paths, originals, strict=True))
+    others = {framework.name for framework in FRAMEWORKS} - set(paths)
+    assert all("not installed" in found[name].found for name in others)
 
 
 def test_a_missing_symbol_and_an_unknown_version_are_problems(monkeypatch: pytest.MonkeyPatch) -> None:

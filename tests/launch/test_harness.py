@@ -334,11 +334,14 @@ def test_generation_ends_at_stops(folder: Path) -> None:
     ],
 )
 def test_tasks_that_cannot_be_run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    _define(folder, "broken", **{"output_type": "loglikelihood", "doc_to_target": "{{next}}", **changes})
-    code, shown = _cli(_eval(folder, "broken"))
+    (tmp_path / "model").symlink_to(folder / "model")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "data.jsonl").symlink_to(folder / "tasks" / "data.jsonl")
+    _define(tmp_path, "broken", **{"output_type": "loglikelihood", "doc_to_target": "{{next}}", **changes})
+    code, shown = _cli(_eval(tmp_path, "broken"))
     assert code == 2 and message in shown
     assert shown.startswith("error: ") and "Traceback" not in shown
 

@@ -14,11 +14,12 @@ import pytest
 from engines import tiny_models
 
 from megacomp import codecs
+from megacomp.launch import distributed
 
 CONFIG = {"megacomp": {"backend": "reference", "communication": {"codec": "int8", "min_bytes": 0}}}
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m")
-DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29617, "--module")
+DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", 2)
 
 # An inference script as DeepSpeed's documentation has them. Its shared-memory op is switched off because it
 # is compiled for minutes when first used.
@@ -82,7 +83,9 @@ def test_eval_starts_its_ranks_and_torchrun_gives_it_some(folder: Path, tmp_path
 
 def test_an_unmodified_script_under_the_deepspeed_launcher(folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    done = _start(*DEEPSPEED, "megacomp.launch.run", "--json", report, folder / "script.py", folder)
+    port = distributed._free_port()
+    launch = (*DEEPSPEED, "--master_port", port, "--module", "megacomp.launch.run")
+    done = _start(*launch, "--json", report, folder / "script.py", folder)
     assert done.returncode == 3, done.stderr
     sites = json.loads(report.read_text())["sites"]
     assert set(sites) == {f"layers.{layer}.{module}" for layer in (0, 1) for module in ("attention", "mlp")}

@@ -85,7 +85,7 @@ SYSTEMS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SYSTEMS, st.integers(1, 4096), st.integers(1, 8))
 def test_a_plan_is_never_slower_than_no_plan_and_is_a_section(system: System, prompt: int, batch: int) -> None:
     planned = planning.plan(MODEL, system, Workload(prompt, batch))
@@ -99,7 +99,7 @@ def test_a_plan_is_never_slower_than_no_plan_and_is_a_section(system: System, pr
         assert planned.best.pays_from <= communication.min_bytes <= planned.message_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     SYSTEMS,
     st.floats(1, 100),
@@ -120,7 +120,7 @@ def test_a_faster_link_never_gains_more(system: System, factor: float, codec: st
         assert saved(system) <= saved(slower) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SYSTEMS, st.integers(1, 2**20), st.integers(1, 2**20), st.floats(1, 10))
 def test_more_bytes_and_slower_links_take_longer(system: System, some: int, more: int, factor: float) -> None:
     slower = replace(system, link=replace(system.link, gbs=system.link.gbs / factor))

@@ -26,6 +26,8 @@ from megacomp.launch.searching import Budget, Measured, Search, ladder, search
 from megacomp.launch.trials import Trial, Trials
 from megacomp.policy import Decline, Policy, Site
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 HIDDEN, LAYERS, VOCAB = 64, 2, 96
 SPECS: tuple[Any, ...] = ({"preset": "int3", "rotation": 64}, "mxfp4", "static4", "int8")
 REFERENCE = {"backend": "reference", "communication": {"min_bytes": 0}}
@@ -347,12 +349,6 @@ def test_requests_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
 def _call(folder: Path, *arguments: Any) -> Any:
     given = ["search", "--model", folder, "--dtype", "fp32", "--engine", "megatron", *arguments]
     return CliRunner().invoke(cli.app, [str(argument) for argument in given])
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_the_command_writes_a_configuration_and_a_report(folder: Path, tmp_path: Path) -> None:

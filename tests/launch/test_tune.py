@@ -235,11 +235,7 @@ def test_what_auto_chooses_stays_unless_another_way_is_clearly_faster() -> None:
         ("--plot {}", "is a folder"),
     ],
 )
-def test_requests_that_cannot_be_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def test_requests_that_cannot_be_served(tmp_path: Path, no_launcher: None, arguments: str, message: str) -> None:
     (tmp_path / "ds.json").write_text('{"megacomp": {}}')
     (tmp_path / "exact.json").write_text('{"megacomp": {"communication": {"codec": null}}}')
     result = CliRunner().invoke(cli.app, ["tune", *arguments.replace("{}", str(tmp_path)).split()])
