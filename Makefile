@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Hundreds of processes import the same modules: the bytecode of the first is kept, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test run lint types unit compat soak clean
 
 # The types are checked beside the tests, some of which wait.
@@ -14,7 +17,7 @@ run: $(READY)
 	$(BIN)/python -m examples.demo_lm.run --out runs/demo
 
 # torch by its exact version first: any other request fetches gigabytes of CUDA packages on a machine without a GPU.
-# Bytecode is left to the imports: of most packages only a few modules are ever imported.
+# Bytecode is made when a module is first imported: of most packages only a few ever are.
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0
