@@ -506,3 +506,12 @@ def test_a_small_message_is_an_encode_and_a_decode(monkeypatch, kernels_are):
     assert found["message_bytes"] == 4096 and found["codec"] == "int8"
     assert seen == {"encode": 64, "decode_sum": 64, "message": 64}
     assert all("error" not in found[step] for step in seen)
+
+
+def test_tuning_without_a_place_for_what_it_finds_is_refused_first(monkeypatch, no_home, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = bench("--tune")
+    assert result.exit_code == 2 and "no home folder" in " ".join(result.output.split())
+    monkeypatch.setattr(gpu, "gpu_problem", lambda: None)
+    assert gpu.main(["--tune", "--out", str(tmp_path)]) == 2
+    assert "no home folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
