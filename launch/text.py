@@ -29,8 +29,6 @@ def read(
     """
     if (text_file is None) == (tokens_file is None):
         raise LaunchError("give either --text FILE or --tokens FILE.npy")
-    if length is not None:
-        check_positions(length, architecture)
     if tokens_file is not None:
         tokens = read_tokens(tokens_file, architecture.vocab_size)
         if length is not None and length > tokens.shape[1]:
@@ -39,7 +37,9 @@ def read(
         check_positions(tokens.shape[1], architecture)
         return tokens
     assert text_file is not None
-    return read_text(text_file, load_tokenizer(model), length or min(DEFAULT_LENGTH, architecture.max_positions))
+    length = length or min(DEFAULT_LENGTH, architecture.max_positions)
+    check_positions(length, architecture)
+    return read_text(text_file, load_tokenizer(model), length)
 
 
 def check_positions(length: int, architecture: Architecture) -> None:
